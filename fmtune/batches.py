@@ -1,0 +1,65 @@
+"""A worker's images on its device, cut into batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A split held whole on the device.
+
+    Args:
+        images: uint8 (N, C, H, W), of all rows that any split uses.
+        labels: int64 (N,).
+        rows: int64 (M,), the rows of this split.
+        rank: this worker's place among `workers` that train together.
+        workers: number of those; each global batch is shared out among them.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    rank: int = 0
+    workers: int = 1
+
+    def __len__(self) -> int:
+        """Rows of the split, over all workers."""
+        return len(self.rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def steps(self, batch_size: int, drop_last: bool) -> int:
+        """Batches of one epoch; one at least, even if it is not full."""
+        return max(1, len(self) // batch_size) if drop_last else math.ceil(len(self) / batch_size)
+
+    def shuffled(self, batch_size: int, drop_last: bool, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in random order: this worker's part of each global batch of at most `batch_size` rows.
+
+        The order is the same for every number of workers. With `drop_last` all batches are full; without, every row
+        is seen, in batches whose sizes differ by one at most, so that no small last batch upsets batch norm.
+        """
+        order = self.rows[torch.randperm(len(self), generator=generator, device=self.device)]
+        steps = self.steps(batch_size, drop_last)
+        if drop_last:
+            order = order[: steps * batch_size]
+        for batch in order.tensor_split(steps):
+            rows = batch.tensor_split(self.workers)[self.rank]
+            yield self.images[rows], self.labels[rows]
+
+    def ordered(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This worker's part of the rows in their own order, in batches of `batch_size`."""
+        for rows in self.rows.tensor_split(self.workers)[self.rank].split(batch_size):
+            yield self.images[rows], self.labels[rows]
+
+
+def count_trained(rows: int, batch_size: int, drop_last: bool) -> int:
+    """How many of `rows` one epoch trains on."""
+    return rows // batch_size * batch_size if drop_last and rows >= batch_size else rows

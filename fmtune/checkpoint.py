@@ -1,0 +1,172 @@
+"""Weights and training state on disk, as safetensors and JSON: nothing that is loaded can run code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fmtune.config import TrialConfig
+from fmtune.data import Classes
+from fmtune.errors import RunFolderError
+from fmtune.model import Pixels, Preprocess, ResNet, create_model
+from fmtune.pretrained import imagenet_pixels
+from fmtune.training import EpochMetrics
+
+_TENSOR, _ITEMS = "__tensor__", "__items__"
+"""Marks, in the JSON of a training state, of a tensor's key and of a mapping whose keys are not strings."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network with all that is needed to use it.
+
+    Attributes:
+        network: gives logits (N, classes) for normalised float images (N, C, H, W).
+        preprocess: makes those of uint8 (N, C, H, W).
+        classes: labels and names of the logits.
+        config: what it was trained with.
+        shape: (channels, height, width) of the images that it was trained on.
+        pixels: the statistics that normalise them.
+    """
+
+    network: ResNet
+    preprocess: Preprocess
+    classes: Classes
+    config: TrialConfig
+    shape: tuple[int, int, int]
+    pixels: Pixels
+
+
+def create_trained_model(
+    config: TrialConfig, pixels: Pixels, classes: Classes, shape: tuple[int, int, int], weights: dict[str, Tensor]
+) -> TrainedModel:
+    """A model of given weights, ready to evaluate."""
+    network = create_model(config.model, pixels.channels, len(classes))
+    network.load_state_dict(weights)
+    preprocess = create_preprocess(config, pixels)
+    return TrainedModel(network.eval(), preprocess, classes, config, shape, pixels)
+
+
+def create_preprocess(config: TrialConfig, pixels: Pixels) -> Preprocess:
+    """The network's input from uint8 images, normalised as its weights or the configuration want it."""
+    channels = config.model.channels or pixels.channels
+    if not config.normalize:
+        return Preprocess(Pixels.unit(pixels.channels), channels)
+    if config.model.pretrained == "imagenet":
+        return Preprocess(imagenet_pixels(channels), channels)
+    return Preprocess(pixels, channels)
+
+
+def save_model(folder: Path, model: TrainedModel) -> None:
+    """Write `model.safetensors`, `config.json` and `classes.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tensors(folder / "model.safetensors", model.network.state_dict())
+    config = {
+        "trial": model.config.model_dump(mode="json"),
+        "shape": model.shape,
+        "pixels": asdict(model.pixels),
+    }
+    write_json(folder / "config.json", config)
+    classes = [
+        {"label": label, "name": name} for label, name in zip(model.classes.labels, model.classes.names, strict=True)
+    ]
+    write_json(folder / "classes.json", classes)
+
+
+def load_model(folder: Path) -> TrainedModel:
+    """Read what `save_model` wrote.
+
+    Raises:
+        RunFolderError: a file is missing.
+    """
+    for name in ("model.safetensors", "config.json", "classes.json"):
+        if not (folder / name).exists():
+            raise RunFolderError(f"{folder / name}: no such file; expected a finished run")
+    config = read_json(folder / "config.json")
+    entries = read_json(folder / "classes.json")
+    classes = Classes(tuple(entry["label"] for entry in entries), tuple(entry["name"] for entry in entries))
+    pixels = Pixels(config["pixels"]["channels"], tuple(config["pixels"]["mean"]), tuple(config["pixels"]["std"]))
+    trial = TrialConfig.model_validate(config["trial"])
+    return create_trained_model(trial, pixels, classes, tuple(config["shape"]), load_file(folder / "model.safetensors"))
+
+
+def save_training(folder: Path, state: dict[str, Any], metrics: EpochMetrics) -> None:
+    """Write a `TrainingState.state_dict()` and the metrics of its epoch.
+
+    Tensors go to `tensors.safetensors`, all else to `state.json`, the metrics to `metrics.json`.
+    """
+    tensors: dict[str, Tensor] = {}
+    document = _detach_tensors(state, "", tensors)
+    _write_tensors(folder / "tensors.safetensors", tensors)
+    write_json(folder / "state.json", document)
+    write_json(folder / "metrics.json", metrics.as_dict())
+
+
+def load_training(folder: Path) -> dict[str, Any]:
+    """Read what `save_training` wrote; tensors are on the CPU."""
+    tensors = load_file(folder / "tensors.safetensors")
+    state: dict[str, Any] = _attach_tensors(read_json(folder / "state.json"), tensors)
+    return state
+
+
+def load_metrics(folder: Path) -> EpochMetrics | None:
+    """The metrics that `save_training` wrote, None if it was interrupted before all files were whole."""
+    try:
+        # Opening compares the file's length with what its header promises.
+        with safe_open(folder / "tensors.safetensors", framework="pt"):
+            read_json(folder / "state.json")
+            return EpochMetrics(**read_json(folder / "metrics.json"))
+    except (FileNotFoundError, SafetensorError, json.JSONDecodeError):
+        return None
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The network's part of what `save_training` wrote."""
+    tensors = load_file(folder / "tensors.safetensors")
+    return {key.removeprefix("/network/"): value for key, value in tensors.items() if key.startswith("/network/")}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON aside and move it into place, so that no reader sees half of it."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors row-major, in a file that the user's umask applies to, unlike that of `save_file`."""
+    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def _detach_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """A JSON document of a nested value; its tensors go to `tensors` under their path."""
+    if isinstance(value, Tensor):
+        tensors[key] = value
+        return {_TENSOR: key}
+    if isinstance(value, dict):
+        items = {name: _detach_tensors(inner, f"{key}/{name}", tensors) for name, inner in value.items()}
+        return items if all(isinstance(name, str) for name in items) else {_ITEMS: list(items.items())}
+    if isinstance(value, list | tuple):
+        return [_detach_tensors(inner, f"{key}/{i}", tensors) for i, inner in enumerate(value)]
+    return value
+
+
+def _attach_tensors(document: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(document, list):
+        return [_attach_tensors(inner, tensors) for inner in document]
+    if not isinstance(document, dict):
+        return document
+    if _TENSOR in document:
+        return tensors[document[_TENSOR]]
+    items = document[_ITEMS] if _ITEMS in document else document.items()
+    return {name: _attach_tensors(inner, tensors) for name, inner in items}

@@ -1,0 +1,223 @@
+"""Typed configuration: what one trial, one search and one data set are made of.
+
+Every class is immutable, refuses unknown keys, and checks its values when it is built.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveFloat,
+    PositiveInt,
+    WithJsonSchema,
+    model_validator,
+)
+
+Scalar = bool | int | float | str | None
+"""A value of a trial's configuration."""
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_duration(value: object) -> object:
+    """Seconds in a duration such as `90s`, `10m`, `1.5h`, `1h30m`; anything else is returned as it is.
+
+    Raises:
+        ValueError: `value` is a string and not such a duration.
+    """
+    if not isinstance(value, str):
+        return value
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
+    if not parts or "".join(number + unit for number, unit in parts) != value:
+        raise ValueError("should be a duration such as 90s, 10m or 1h30m")
+    return float(sum(float(number) * _SECONDS[unit] for number, unit in parts))
+
+
+Duration = Annotated[
+    PositiveFloat,
+    BeforeValidator(parse_duration),
+    PlainSerializer(lambda seconds: f"{seconds:g}s", return_type=str),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^(\d+(\.\d+)?[smhd])+$"}]}
+    ),
+]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(BaseModel):
+    """Base of the configuration classes."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataConfig(Config):
+    """Where the images come from and which of them are held out."""
+
+    train: str = "sample"
+    """A data set's name, or a CSV, Parquet or IDX path, glob or URL."""
+    test: str | None = None
+    """Source of the test split; null takes the name's own, and no test split for files."""
+    fallback: str | None = None
+    """Name that may stand in when `train` is a name whose data can't be had."""
+    label: str | int = "label"
+    """Column that holds the class: its name, or its position counted from 0."""
+    shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], Field(strict=False)] | None = None
+    """[height, width, channels] of a row of pixels; null infers a square single-channel image."""
+    validation: Annotated[float, Field(gt=0, lt=1)] | Literal["test"] = 0.1
+    """Fraction of each class held out of the training rows, or `test` to validate on the test split."""
+    seed: NonNegativeInt = 0
+    """Seed of the choice of held-out rows."""
+
+
+class SearchConfig(Config):
+    """How the space is explored and when to stop."""
+
+    trials: PositiveInt = 60
+    """Trials to start at most, the baseline among them."""
+    time: Duration | None = None
+    """Wall-clock seconds of the whole command, finalists and refit included."""
+    metric: Literal["val_accuracy", "val_loss"] = "val_accuracy"
+    """What decides: accuracy is maximised, loss minimised."""
+    sampler: Literal["tpe", "random", "cmaes", "gp", "grid"] = "tpe"
+    scheduler: Literal["asha", "median", "none"] = "asha"
+    """Which trials are stopped before their last epoch."""
+    finalists: NonNegativeInt = 3
+    """Leaders retrained to the end with fresh seeds before one is chosen; 0 and 1 take the leader as it is."""
+    refit: bool = True
+    """Whether the winner is trained once more on the training and validation rows together."""
+    seed: NonNegativeInt = 0
+    """Seed of the sampler, and with the trial's number of everything random in a trial."""
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Direction of `metric`."""
+        return "max" if self.metric == "val_accuracy" else "min"
+
+
+class ResourcesConfig(Config):
+    """What one trial gets."""
+
+    workers: PositiveInt = 1
+    """Processes that train one trial together (DDP)."""
+    cpus: PositiveFloat | None = None
+    """CPUs of each worker; null gives 1 to each worker of a search, and all to a single training."""
+    gpus: NonNegativeFloat = 0
+    """GPUs of each worker; a fraction lets trials share one."""
+
+
+class ModelConfig(Config):
+    """A residual network (He et al., 2016, https://arxiv.org/abs/1512.03385)."""
+
+    depth: Literal[10, 18, 34, 50, 101, 152] = 10
+    """Layers, as published from 18 on; 10 has one basic block a stage."""
+    width: PositiveInt = 16
+    """Channels of the first stage, doubled in each later one; 64 is the published width."""
+    stem: Literal["small", "half", "imagenet"] = "half"
+    """First layers: 3x3 stride 1; 3x3 stride 2; 7x7 stride 2 and max pooling as published."""
+    head: Literal["replace", "stack"] = "replace"
+    """One linear layer to the classes, or the published 1000-way layer and a second one upon it."""
+    channels: Literal[1, 3] | None = None
+    """Input channels; null takes the data's, and 3 repeats a grey image three times."""
+    pretrained: str | None = None
+    """Weights to start from: `imagenet`, a .safetensors or .pth file, or a run."""
+    freeze: Annotated[int, Field(ge=0, le=5)] = 0
+    """Stages kept as loaded: 0 none, 1 the stem, 2 to 5 the stem and layer1 to layer4."""
+
+    @model_validator(mode="after")
+    def _freeze_needs_weights(self) -> ModelConfig:
+        if self.freeze and self.pretrained is None:
+            raise ValueError("freeze keeps random weights when pretrained is null; set pretrained, or freeze to 0")
+        return self
+
+
+class AugmentConfig(Config):
+    """Random changes of each training image; zero and false switch one off."""
+
+    flip: bool = True
+    """Mirror left to right with probability 1/2."""
+    translate: NonNegativeInt = 1
+    """Largest shift in pixels, each axis alone; what comes in is zero."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest angle in degrees, either way."""
+    erase: Probability = 0.0
+    """Probability of filling a random rectangle with zero (Zhong et al., 2020, https://arxiv.org/abs/1708.04896)."""
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of the Beta distribution of mixup (Zhang et al., 2018, https://arxiv.org/abs/1710.09412)."""
+    cutmix: NonNegativeFloat = 0.0
+    """Alpha of the Beta distribution of CutMix (Yun et al., 2019, https://arxiv.org/abs/1905.04899)."""
+
+    @model_validator(mode="after")
+    def _one_mixing(self) -> AugmentConfig:
+        if self.mixup and self.cutmix:
+            raise ValueError("mixup and cutmix both mix pairs of images; set one of them to 0")
+        return self
+
+
+class OptimConfig(Config):
+    """The optimizer and its learning rate over the steps."""
+
+    name: Literal["adamw", "adam", "sgd", "muon"] = "muon"
+    """Muon trains the convolutions (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon), AdamW the rest."""
+    lr: PositiveFloat = 0.02
+    """Peak learning rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of sgd and muon (Nesterov's); adam and adamw keep their betas of 0.9 and 0.999."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Decay of weights; norms and biases are left out. Decoupled but for sgd and adam."""
+    schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    """Linear up over a quarter of the steps and linear down; cosine down to zero; or neither."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the target spread evenly over all classes."""
+
+
+class TrialConfig(Config):
+    """Everything that decides one training but its data and its seed."""
+
+    epochs: PositiveInt = 6
+    batch_size: PositiveInt = 256
+    """Images a step, over all workers."""
+    drop_last: bool = False
+    """Leave out the rows that don't fill a batch; false spreads all rows over batches of nearly one size."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Numbers of the forward and backward pass; auto is bf16 where the device computes in it."""
+    normalize: bool = True
+    """Shift and scale pixels by the training rows' mean and standard deviation; false only divides by 255."""
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping by dotted keys as mappings within mappings."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = copy.copy(value)
+    return nested
+
+
+def flatten(config: Config) -> dict[str, Scalar]:
+    """The values of a configuration by dotted keys."""
+    flat: dict[str, Scalar] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, Config):
+            flat |= {f"{name}.{key}": inner for key, inner in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat

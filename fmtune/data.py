@@ -1,0 +1,333 @@
+"""The way of the data: source, Arrow, one Parquet file, one Ray Dataset that all trials share."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import platformdirs
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyarrow import fs
+
+import fmtune.datasets as datasets
+from fmtune.config import DataConfig
+from fmtune.datasets import Split
+from fmtune.errors import DataError
+from fmtune.model import Pixels
+from fmtune.readers import File, Layout, Shape, Table, read_files, read_images
+
+_CACHE_FORMAT = 1
+"""Part of each cached table's key: raise it when what is stored for a source changes."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A split in memory, and where it came from.
+
+    Attributes:
+        table: images and labels as in the source.
+        source: what was asked for, or the stand-in that was taken.
+        origin: a line for people: where the images were found.
+        key: identifies the content by the source's identity and options.
+    """
+
+    table: Table
+    source: str
+    origin: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes that a model tells apart: the source's label of each index, and its name."""
+
+    labels: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def of_table(cls, table: Table) -> Classes:
+        labels = [int(label) for label in np.unique(table.labels)]
+        return cls(tuple(labels), tuple(table.names.get(label) or str(label) for label in labels))
+
+    def indices(self, labels: NDArray[np.int64], place: str) -> NDArray[np.int64]:
+        """The class index (N,) of each label (N,).
+
+        Raises:
+            DataError: a label is of no class.
+        """
+        known = np.array(self.labels)
+        indices = np.searchsorted(known, labels).clip(max=len(known) - 1)
+        strange = np.flatnonzero(known[indices] != labels)
+        if len(strange):
+            raise DataError(
+                f"{place}: row {strange[0]}: label {labels[strange[0]]}; the training rows have "
+                f"{', '.join(map(str, self.labels[:12]))}{', ...' if len(known) > 12 else ''}"
+            )
+        return indices
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a search trains on: all training rows, and which of them are held out for validation.
+
+    Attributes:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,), class indices.
+        train_rows, validation_rows: int64 (M,), which rows each part has.
+        classes: labels and names of the class indices.
+        pixels: channels, and the statistics of the training part alone.
+        loaded: where the rows come from.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    train_rows: NDArray[np.int64]
+    validation_rows: NDArray[np.int64]
+    classes: Classes
+    pixels: Pixels
+    loaded: Loaded
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+
+def cache_folder() -> Path:
+    """Where downloads and parsed tables are kept: `FMTUNE_CACHE`, or the user's cache folder."""
+    return Path(os.environ.get("FMTUNE_CACHE") or platformdirs.user_cache_dir("fmtune"))
+
+
+def weights_folder() -> Path:
+    """Where downloaded weights are kept."""
+    return cache_folder() / "weights"
+
+
+def load_training_data(config: DataConfig) -> TrainingData:
+    """Read the training source and hold a validation part out of it.
+
+    With `validation: test`, the validation rows are the test split's, which are then read here.
+
+    Raises:
+        DataError: the source is missing, malformed, or unfit for training.
+    """
+    loaded = load_split(config, "train")
+    classes = Classes.of_table(loaded.table)
+    if len(classes) < 2:
+        raise DataError(f"{loaded.source}: one class only ({classes.labels[0]}); expected two or more")
+    images, labels = loaded.table.images, classes.indices(loaded.table.labels, loaded.source)
+    if config.validation == "test":
+        held_out = load_test_split(config, loaded)
+        _check_same_shape(held_out, loaded)
+        train_rows = np.arange(len(images))
+        validation_rows = len(images) + np.arange(len(held_out.table))
+        images = np.concatenate([images, held_out.table.images])
+        labels = np.concatenate([labels, classes.indices(held_out.table.labels, held_out.source)])
+    else:
+        train_rows, validation_rows = split_rows(labels, config.validation, config.seed, loaded.source)
+    pixels = measure_pixels(images[train_rows])
+    return TrainingData(images, labels, train_rows, validation_rows, classes, pixels, loaded)
+
+
+def load_test_split(config: DataConfig, train: Loaded) -> Loaded:
+    """Read the test split: `data.test`, or the test split of the name that the training rows came from.
+
+    Raises:
+        DataError: there is none, or it can't be read.
+    """
+    if config.test is not None:
+        return load_split(config.model_copy(update={"train": config.test}), "test")
+    if train.source not in datasets.NAMES:
+        raise DataError(f"{train.source}: a file has no test split of its own; set data.test")
+    return load_split(config.model_copy(update={"train": train.source}), "test")
+
+
+def has_test_split(config: DataConfig, train: Loaded) -> bool:
+    """Whether a test split is named; it is not looked at."""
+    return config.test is not None or train.source in datasets.NAMES
+
+
+def load_split(config: DataConfig, split: Split) -> Loaded:
+    """Read the source `config.train` from the cache of parsed tables, or parse and cache it.
+
+    Raises:
+        DataError: the source is missing or malformed, and `config.fallback` does not stand in.
+    """
+    source = config.train
+    if source not in datasets.NAMES:
+        return _load_files(source, Layout(config.label, config.shape))
+    try:
+        return _load_named(source, split)
+    except DataError:
+        if config.fallback is None:
+            raise
+        fallback = _load_named(config.fallback, split)
+        return Loaded(fallback.table, fallback.source, f"stand-in for {source}; {fallback.origin}", fallback.key)
+
+
+def load_images(source: str, label: str | int, shape: Shape) -> NDArray[np.uint8]:
+    """Images uint8 (N, C, H, W) of a source with labels or without.
+
+    Args:
+        source: a name, which stands for its test split, or a path, glob or URL.
+        label: the label's column, which is passed over.
+        shape: (height, width, channels) of a row of pixels.
+
+    Raises:
+        DataError: the source is missing or malformed.
+    """
+    if source in datasets.NAMES:
+        return _load_named(source, "test").table.images
+    return read_images(_find_files(source), Layout(label, shape))
+
+
+def split_rows(
+    labels: NDArray[np.int64], fraction: float, seed: int, place: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sorted rows of a training and a validation part; the latter has `fraction` of each class, and one at least.
+
+    The split depends on the labels, the fraction and the seed alone.
+
+    Raises:
+        DataError: a class has one row only.
+    """
+    random = np.random.default_rng(seed)
+    held_out = []
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        if len(rows) < 2:
+            raise DataError(f"{place}: row {rows[0]}: the only one of its class; expected two or more to hold one out")
+        count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
+        held_out.append(random.permutation(rows)[:count])
+    validation = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+def measure_pixels(images: NDArray[np.uint8]) -> Pixels:
+    """Mean and standard deviation of each channel of uint8 (N, C, H, W), of pixels scaled to 0..1."""
+    # From counts of the 256 values, exact and without a float copy of the images.
+    counts = np.stack([np.bincount(images[:, c].ravel(), minlength=256) for c in range(images.shape[1])])
+    values = np.arange(256) / 255
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
+    # A channel of one value has nothing to scale.
+    std[std == 0] = 1.0
+    return Pixels(images.shape[1], tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def to_arrow(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> pa.Table:
+    """A table of fixed-shape tensors (C, H, W) in the column `image`, and `label`; the images are not copied."""
+    shape = images.shape[1:]
+    flat = pa.array(np.ascontiguousarray(images).reshape(-1))
+    lists = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(shape)))
+    tensors = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), shape), lists)
+    return pa.table({"image": tensors, "label": pa.array(labels)})
+
+
+def _check_same_shape(other: Loaded, train: Loaded) -> None:
+    if other.table.images.shape[1:] != train.table.images.shape[1:]:
+        raise DataError(
+            f"{other.source}: images are {other.table.images.shape[1:]}, the training rows' "
+            f"{train.table.images.shape[1:]} (channels, height, width)"
+        )
+
+
+# Sources
+
+
+def _load_named(name: str, split: Split) -> Loaded:
+    table, origin = datasets.read_named(name, split, cache_folder() / "datasets")
+    return Loaded(table, name, origin, f"{name}-{split}")
+
+
+def _load_files(source: str, layout: Layout) -> Loaded:
+    files = _find_files(source)
+    key = _identify(files, layout)
+    cached = cache_folder() / "tables" / f"{key}.parquet"
+    if cached.exists():
+        return Loaded(_read_cached(cached), source, f"parsed before, from {cached}", key)
+    table = read_files(files, layout)
+    _write_cached(cached, table)
+    what = f"{len(files)} files" if len(files) > 1 else files[0].place
+    return Loaded(table, source, f"read from {what}", key)
+
+
+def _find_files(source: str) -> list[File]:
+    """The files that a path, glob or URL names, in the order of their names."""
+    if "://" in source:
+        return _find_remote_files(source)
+    paths = sorted(glob.glob(source, recursive=True)) if glob.has_magic(source) else [source]
+    files = [path for path in paths if os.path.isfile(path)]
+    if not files:
+        near = f"; known names are {', '.join(datasets.NAMES)}" if "/" not in source and "." not in source else ""
+        raise DataError(f"{source}: no such file{near}")
+    return [File(fs.LocalFileSystem(), os.path.abspath(path), path) for path in files]
+
+
+def _find_remote_files(source: str) -> list[File]:
+    root = source.rpartition("/")[0] if glob.has_magic(source) else source
+    try:
+        system, path = fs.FileSystem.from_uri(root)
+        if root == source:
+            found = [path]
+        else:
+            pattern = source.rpartition("/")[2]
+            infos = system.get_file_info(fs.FileSelector(path))
+            found = sorted(i.path for i in infos if fnmatch.fnmatch(PurePosixPath(i.path).name, pattern))
+        files = [i.path for i in system.get_file_info(found) if i.type == fs.FileType.File]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{source}: can't be reached ({error})") from None
+    if not files:
+        raise DataError(f"{source}: no such file")
+    scheme = source.partition("://")[0]
+    return [File(system, path, f"{scheme}://{path}") for path in files]
+
+
+def _identify(files: list[File], layout: Layout) -> str:
+    """A key of the files' paths, sizes and times of change, and of how they are read."""
+    identity: list[object] = [_CACHE_FORMAT, layout.label, layout.shape]
+    for file in files:
+        info = file.system.get_file_info(file.path)
+        identity.append((file.place if "://" in file.place else file.path, info.size, info.mtime_ns))
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+
+
+# The cache: a column of bytes an image, since Parquet reads and writes fixed-size bytes at the disk's speed and
+# lists of uint8, which fixed-shape tensors are to it, value by value.
+
+
+def _write_cached(path: Path, table: Table) -> None:
+    n, *shape = table.images.shape
+    size = int(np.prod(shape))
+    images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), n, [None, pa.py_buffer(table.images)])
+    metadata = {"shape": json.dumps(shape)}
+    content = pa.table({"image": images, "label": pa.array(table.labels)}).replace_schema_metadata(metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and moved, so that no reader ever sees half a file.
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as aside:
+        pq.write_table(content, aside, compression="none", use_dictionary=False, write_statistics=False)
+    os.replace(aside.name, path)
+
+
+def _read_cached(path: Path) -> Table:
+    content = pq.read_table(path).combine_chunks()
+    metadata: Mapping[bytes, bytes] = content.schema.metadata
+    shape = json.loads(metadata[b"shape"])
+    column = content.column("image").chunk(0)
+    images = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, *shape)
+    return Table(images, content.column("label").to_numpy())

@@ -1,0 +1,176 @@
+"""The search phase: trials proposed, trained, stopped early, and recorded as they go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from fmtune.context import RunContext, find_checkpoint
+from fmtune.run import State, TrialRecord
+from fmtune.timing import Timing
+from fmtune.training import EpochMetrics
+from fmtune.trial import Task
+from fmtune.tuner import STUDY, StudySearch, Until, create_scheduler, run_trials
+
+_BASELINE_SHARE = 0.25
+"""Part of `search.time` that the baseline may take."""
+_SAME_FAILURES = 5
+"""Failures of one cause in a row that end the search: the next trial would fail as well."""
+_STATES: dict[TrialState, State] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "running",
+}
+
+
+class Exploration:
+    """The trials of a search; watches them and keeps board, study and run folder in step."""
+
+    def __init__(self, context: RunContext, timing: Timing) -> None:
+        self._context, self._timing = context, timing
+        self._records = context.board.records
+        self._failures: list[str] = []
+
+    def run(self) -> None:
+        """Run trials until there are enough of them, or the rest of the time is needed for what follows."""
+        context = self._context
+        context.board.phase = "searching" if context.board.has_baseline else "training"
+        storage = optuna.storages.RDBStorage(f"sqlite:///{context.folder.study.resolve()}")
+        self._restore(storage)
+        earlier = [record for record in self._records.values() if record.state != "running"]
+        interrupted = [record for record in self._records.values() if record.state == "running"]
+        searcher = StudySearch(context.space, storage, [context.task_of(record) for record in interrupted])
+        remaining = context.space.trials - len(earlier)
+        if remaining > 0 and not self._timing.search_is_over():
+            run_trials(
+                context.shared,
+                context.space.resources,
+                searcher,
+                remaining,
+                name=context.experiment_name("search"),
+                storage=context.storage,
+                watcher=self,
+                until=Until(self._is_over, self._baseline_is_over),
+                scheduler=create_scheduler(context.space, earlier),
+            )
+        self._close_running(searcher.study)
+
+    # What Tune tells
+
+    def on_start(self, task: Task) -> None:
+        number = _number(task)
+        if number not in self._records:
+            self._records[number] = TrialRecord(number, task.config, self._context.space.params_of(task.config))
+            self._write_trials()
+
+    def on_epoch(self, task: Task, metrics: EpochMetrics) -> None:
+        number = _number(task)
+        record = self._records[number]
+        # A resumed trial repeats the epoch whose checkpoint was not yet written.
+        record.history = [*(earlier for earlier in record.history if earlier.epoch < metrics.epoch), metrics]
+        self._context.folder.append_history(number, metrics)
+        self._context.view.refresh()
+
+    def on_checkpoint(self, task: Task, folder: str) -> None:
+        self._records[_number(task)].checkpoint = folder
+
+    def on_end(self, task: Task, cause: str | None) -> None:
+        record = self._records[_number(task)]
+        record.cause = cause if record.history or cause else "ended without a result"
+        if record.cause:
+            record.state = "failed"
+            self._failures.append(record.cause)
+        else:
+            self._failures.clear()
+            record.state = "complete" if len(record.history) == record.config.epochs else "pruned"
+        self._write_trials()
+        self._context.view.on_end(record)
+
+    def on_tick(self) -> None:
+        self._timing.save_clock()
+
+    # Before and after
+
+    def _restore(self, storage: optuna.storages.BaseStorage) -> None:
+        """Enter the trials of earlier attempts into the board; interrupted ones are `running` there."""
+        space, folder = self._context.space, self._context.folder
+        history = folder.read_history()
+        with suppress(KeyError):  # no study yet
+            study = optuna.load_study(study_name=STUDY, storage=storage)
+            for trial in study.get_trials(deepcopy=False):
+                config = space.baseline if trial.number == 0 else space.trial_config(trial.params)
+                record = TrialRecord(trial.number, config, space.params_of(config))
+                record.history = history.get(trial.number, [])
+                self._restore_checkpoint(record)
+                self._restore_state(record, trial, study)
+                self._records[trial.number] = record
+
+    def _restore_checkpoint(self, record: TrialRecord) -> None:
+        """Find the trial's last checkpoint, and in it an epoch that was trained but not yet entered in the history."""
+        found = find_checkpoint(self._context.folder.ray, record.number)
+        if found is None:
+            return
+        record.checkpoint, metrics = found
+        if metrics.epoch > len(record.history):
+            record.history.append(metrics)
+            self._context.folder.append_history(record.number, metrics)
+
+    def _restore_state(self, record: TrialRecord, trial: FrozenTrial, study: optuna.Study) -> None:
+        record.state = _STATES[trial.state]
+        is_done = len(record.history) == record.config.epochs
+        if trial.user_attrs.get("baseline"):
+            record.state = "complete" if is_done else "pruned"
+        elif record.state == "running" and is_done:
+            study.tell(trial.number, record.history[-1].as_dict()[self._context.space.search.metric])
+            record.state = "complete"
+
+    def _is_over(self) -> bool:
+        """Whether the time is up, or trial after trial dies of one cause."""
+        recent = self._failures[-_SAME_FAILURES:]
+        return self._timing.search_is_over() or (len(recent) == _SAME_FAILURES and len(set(recent)) == 1)
+
+    def _baseline_is_over(self, task: Task, result: dict[str, float]) -> bool:
+        """Whether the baseline's next epoch would take it over its share of the time."""
+        limit = self._context.space.search.time
+        if task.number != 0 or limit is None or not self._context.board.has_baseline:
+            return False
+        return result["seconds"] * (1 + 1 / result["epoch"]) > _BASELINE_SHARE * limit
+
+    def _close_running(self, study: optuna.Study) -> None:
+        """Count trials that the end of the time cut off as stopped early, here and in the study."""
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            study.tell(trial.number, state=TrialState.PRUNED)
+        for record in self._records.values():
+            if record.state == "running":
+                record.state = "pruned"
+        self._write_trials()
+
+    def _write_trials(self) -> None:
+        self._context.folder.write_trials(self._records.values(), list(self._context.space.ranges))
+
+
+def rank(records: Sequence[TrialRecord], metric: str, larger: bool) -> list[TrialRecord]:
+    """Trials with a result and its weights, best first: those trained to their end before those stopped."""
+
+    def key(record: TrialRecord) -> tuple[bool, int, float]:
+        assert record.last is not None
+        value = record.last.as_dict()[metric]
+        assert value is not None
+        return (
+            record.state == "complete",
+            record.last.epoch if record.state != "complete" else 0,
+            value if larger else -value,
+        )
+
+    usable = [record for record in records if record.state != "failed" and record.last and record.checkpoint]
+    return sorted(usable, key=key, reverse=True)
+
+
+def _number(task: Task) -> int:
+    assert task.number is not None
+    return task.number

@@ -1,0 +1,162 @@
+"""A finished run's model at work: loaded, measured on labelled images, and applied to others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fmtune.batches import Batches
+from fmtune.checkpoint import TrainedModel, load_model
+from fmtune.config import DataConfig
+from fmtune.data import load_images, load_split
+from fmtune.errors import DataError, InputError
+from fmtune.run import RunFolder, find_run
+from fmtune.space import Space
+from fmtune.training import EVALUATION_BATCH, Evaluation
+from fmtune.training import evaluate as evaluate_batches
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model is worth on a labelled source."""
+
+    model: TrainedModel
+    evaluation: Evaluation
+
+    def as_dict(self) -> dict[str, Any]:
+        """`accuracy`, its 95% `interval`, `loss`, `per_class` and `confusion` (rows true, columns predicted)."""
+        confusion = self.evaluation.confusion.numpy()
+        return {
+            "accuracy": self.evaluation.accuracy,
+            "interval": list(wilson_interval(self.evaluation.correct, self.evaluation.images)),
+            "loss": self.evaluation.loss,
+            "per_class": [_describe_class(self.model, confusion, i) for i in range(len(self.model.classes))],
+            "confusion": confusion.tolist(),
+        }
+
+
+def load(run: str | Path, *, runs: str | Path = "runs") -> TrainedModel:
+    """The best model of a run.
+
+    Raises:
+        RunFolderError: there is no such run, or it has not finished.
+    """
+    return load_model(find_run(str(run), Path(runs)).best)
+
+
+def evaluate(run: str | Path, data: str, *, runs: str | Path = "runs") -> Measured:
+    """Measure a run's best model on a labelled source; a data set's name stands for its test split.
+
+    Raises:
+        InputError: the run or the source is not as it must be.
+    """
+    folder = find_run(str(run), Path(runs))
+    model = load_model(folder.best)
+    config = DataConfig(train=data, label=_label_column(folder), shape=_table_shape(model))
+    loaded = load_split(config, "test")
+    _check_shape(model, loaded.table.images, data)
+    labels = model.classes.indices(loaded.table.labels, data)
+    return Measured(model, evaluate_model(model, loaded.table.images, labels))
+
+
+def predict(run: str | Path, source: str, output: str | Path, *, runs: str | Path = "runs") -> int:
+    """Write the class of each row of a source, and the probability of every class, to a CSV or Parquet file.
+
+    Columns: `row` from 0 on, `label`, `name`, and `probability_<class>` for each class's name.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        InputError: the run, the source or the output's ending is not as it must be.
+    """
+    output = Path(output)
+    if output.suffix not in (".csv", ".parquet"):
+        raise InputError(f"{output}: format not known by its name; expected .csv or .parquet")
+    folder = find_run(str(run), Path(runs))
+    model = load_model(folder.best)
+    images = load_images(source, _label_column(folder), _table_shape(model))
+    _check_shape(model, images, source)
+    probabilities = predict_probabilities(model, images)
+    best = probabilities.argmax(axis=1)
+    columns: dict[str, Any] = {
+        "row": np.arange(len(images)),
+        "label": np.array(model.classes.labels)[best],
+        "name": [model.classes.names[i] for i in best],
+    }
+    columns |= {f"probability_{name}": probabilities[:, i] for i, name in enumerate(model.classes.names)}
+    table = pa.table(columns)
+    if output.suffix == ".csv":
+        pacsv.write_csv(table, output)
+    else:
+        pq.write_table(table, output)
+    return len(images)
+
+
+def evaluate_model(model: TrainedModel, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Evaluation:
+    """Loss and confusion in fp32 over uint8 images (N, C, H, W) and class indices (N,)."""
+    device = next(model.network.parameters()).device
+    tensors = torch.tensor(images, device=device), torch.tensor(labels, device=device)
+    return evaluate_batches(
+        model.network, model.preprocess, Batches(*tensors, torch.arange(len(images), device=device))
+    )
+
+
+@torch.no_grad()
+def predict_probabilities(model: TrainedModel, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Probability (N, classes) of each class for uint8 images (N, C, H, W), in fp32."""
+    device = next(model.network.parameters()).device
+    batches = torch.tensor(images).split(EVALUATION_BATCH)
+    parts: list[Tensor] = [model.network(model.preprocess(batch.to(device))).softmax(dim=1).cpu() for batch in batches]
+    return torch.cat(parts).numpy()
+
+
+def wilson_interval(correct: int, images: int) -> tuple[float, float]:
+    """95% interval of an accuracy (Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953)."""
+    z = 1.959963984540054
+    share = correct / images
+    middle = share + z * z / (2 * images)
+    half = z * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
+    scale = 1 + z * z / images
+    return (middle - half) / scale, (middle + half) / scale
+
+
+def _describe_class(model: TrainedModel, confusion: NDArray[np.int64], i: int) -> dict[str, Any]:
+    hits, true, predicted = int(confusion[i, i]), int(confusion[i].sum()), int(confusion[:, i].sum())
+    return {
+        "label": model.classes.labels[i],
+        "name": model.classes.names[i],
+        "images": true,
+        # A class that never occurs, or is never predicted, has no such ratio.
+        "recall": hits / true if true else None,
+        "precision": hits / predicted if predicted else None,
+        "f1": 2 * hits / (true + predicted) if true + predicted else None,
+    }
+
+
+def _label_column(folder: RunFolder) -> str | int:
+    """The label's column in the tables that the run was trained on."""
+    return Space.load(folder.space).data.label
+
+
+def _table_shape(model: TrainedModel) -> tuple[int, int, int]:
+    """Shape of a row of pixels in tables that the model takes: (height, width, channels)."""
+    channels, height, width = model.shape
+    return height, width, channels
+
+
+def _check_shape(model: TrainedModel, images: NDArray[np.uint8], source: str) -> None:
+    if images.shape[1:] != model.shape:
+        raise DataError(
+            f"{source}: images are {images.shape[1:]}; the model takes {model.shape} (channels, height, width)"
+        )

@@ -1,0 +1,168 @@
+"""A run folder as typed data."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fmtune.checkpoint import read_json
+from fmtune.config import Scalar
+from fmtune.ranges import Choice, Range
+from fmtune.run import RunFolder
+from fmtune.space import Space
+from fmtune.training import EpochMetrics
+
+STATES = {"complete": "complete", "pruned": "stopped early", "failed": "failed", "running": "unfinished"}
+"""What people read for the states of trials.csv."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A row of trials.csv, and the trial's epochs; values are None where nothing finite was measured."""
+
+    number: int
+    state: str
+    epoch: int
+    val_accuracy: float | None
+    val_loss: float | None
+    seconds: float
+    params: Mapping[str, Scalar]
+    epochs: Sequence[EpochMetrics]
+
+    def measured(self, metric: str) -> float | None:
+        """`val_accuracy` or `val_loss` after its last epoch."""
+        return self.val_accuracy if metric == "val_accuracy" else self.val_loss
+
+    def measured_at(self, metric: str, epoch: int) -> float | None:
+        """The metric after an epoch, or after the last one if it ran to an earlier end; None if it never came there."""
+        if self.epoch < epoch and self.state != "complete":
+            return None
+        reached = [measured for measured in self.epochs if measured.epoch <= epoch]
+        return finite(reached[-1].as_dict()[metric]) if reached else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: where it is.
+        summary: content of summary.json.
+        environment: content of environment.json.
+        space: what was searched or trained; `yaml` is its text.
+        trials: in the order of their numbers.
+        test: `Measured.as_dict()` of the kept model on the test split, if there was one.
+    """
+
+    folder: RunFolder
+    summary: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    space: Space
+    yaml: str
+    trials: Sequence[Trial]
+    test: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.path.resolve().name
+
+    @property
+    def metric(self) -> str:
+        """What decided between trials."""
+        return self.space.search.metric
+
+    @property
+    def larger(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.space.search.mode == "max"
+
+    @property
+    def is_single(self) -> bool:
+        """Whether one configuration was trained, and nothing searched."""
+        return self.summary["baseline"] is None and not self.space.ranges
+
+    @cached_property
+    def best(self) -> Trial | None:
+        """The trial whose configuration was kept."""
+        return next((trial for trial in self.trials if trial.number == self.summary["best_trial"]), None)
+
+    @property
+    def baseline(self) -> Trial | None:
+        return self.trials[0] if self.summary["baseline"] is not None and self.trials else None
+
+    @property
+    def searched(self) -> list[Trial]:
+        """Trials drawn from the space; the baseline need not lie in it."""
+        return [trial for trial in self.trials if trial is not self.baseline]
+
+    def value(self, trial: Trial) -> float | None:
+        return trial.measured(self.metric)
+
+    def is_better(self, value: float, other: float) -> bool:
+        return value > other if self.larger else value < other
+
+
+def read_run(folder: RunFolder) -> Run:
+    """Read all that the page shows.
+
+    Raises:
+        RunFolderError: the run has not finished.
+        SpaceError: its space.yaml is no search space.
+    """
+    summary = folder.read_summary()
+    space = Space.load(folder.space)
+    metrics = folder.best / "metrics.json"
+    return Run(
+        folder=folder,
+        summary=summary,
+        environment=read_json(folder.environment),
+        space=space,
+        yaml=folder.space.read_text(encoding="utf-8"),
+        trials=_read_trials(folder, space.ranges),
+        test=read_json(metrics).get("test") if metrics.exists() else None,
+    )
+
+
+def _read_trials(folder: RunFolder, ranges: Mapping[str, Range]) -> list[Trial]:
+    history = folder.read_history()
+    with folder.trials.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    trials = [_parse_trial(row, ranges, history.get(int(row["number"]), [])) for row in rows]
+    return sorted(trials, key=lambda trial: trial.number)
+
+
+def _parse_trial(row: Mapping[str, str], ranges: Mapping[str, Range], epochs: Sequence[EpochMetrics]) -> Trial:
+    params = {key: _parse_value(row.get(f"params.{key}") or "", searched) for key, searched in ranges.items()}
+    return Trial(
+        number=int(row["number"]),
+        state=row["state"],
+        epoch=int(row["epoch"]),
+        val_accuracy=_parse_number(row["val_accuracy"]),
+        val_loss=_parse_number(row["val_loss"]),
+        seconds=float(row["seconds"]),
+        params={key: value for key, value in params.items() if value is not None},
+        epochs=epochs,
+    )
+
+
+def _parse_value(text: str, searched: Range) -> Scalar:
+    """A parameter as its range draws it; None where the trial had none."""
+    if isinstance(searched, Choice):
+        by_text = {str(value): value for value in searched.values}
+        # The baseline may have a value that the space has not.
+        return by_text.get(text, text or None)
+    number = _parse_number(text)
+    return int(number) if number is not None and searched.kind == "int" else number
+
+
+def _parse_number(text: str) -> float | None:
+    return finite(float(text)) if text else None
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None for what JSON and plots have no place for."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,40 @@
+"""Numbers and values as the page writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fmtune.config import Scalar
+
+NOTHING = "-"
+"""What stands in a table for a value that is not there."""
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 in percent with two decimals."""
+    return NOTHING if share is None else f"{100 * share:.2f}%"
+
+
+def decimal(value: float | None) -> str:
+    """Four decimals, as losses and accuracies are compared by."""
+    return NOTHING if value is None else f"{value:.4f}"
+
+
+def scalar(value: Scalar) -> str:
+    """A configured value; floats to four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def short(text: str, length: int = 22) -> str:
+    """Text that fits an axis."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def listing(items: Iterable[str]) -> str:
+    """a, b and c."""
+    *most, last = items
+    return f"{', '.join(most)} and {last}" if most else last

@@ -1,0 +1,188 @@
+"""The run folder: what a run writes, and how it is read again."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fmtune.checkpoint import read_json, write_json
+from fmtune.config import Scalar, TrialConfig
+from fmtune.errors import RunFolderError
+from fmtune.training import EpochMetrics
+
+State = Literal["running", "complete", "pruned", "failed"]
+HISTORY_COLUMNS = ("trial", *(column.name for column in fields(EpochMetrics)))
+_TRIAL_COLUMNS = ("number", "state", "epoch", "val_accuracy", "val_loss", "seconds")
+_PACKAGES = ("fmtune", "torch", "torchvision", "ray", "optuna", "pyarrow", "numpy")
+
+
+@dataclass
+class TrialRecord:
+    """One trial of the search, as it stands.
+
+    Attributes:
+        number: its place in the order of the study; 0 is the baseline, in a search.
+        config: what it trains.
+        params: the searched values among that, by dotted key.
+        state: pruned ones were stopped before their last epoch.
+        history: metrics of each epoch so far.
+        checkpoint: folder of the last epoch's training state.
+        cause: why it failed.
+    """
+
+    number: int
+    config: TrialConfig
+    params: dict[str, Scalar]
+    state: State = "running"
+    history: list[EpochMetrics] = field(default_factory=list)
+    checkpoint: str | None = None
+    cause: str | None = None
+
+    @property
+    def last(self) -> EpochMetrics | None:
+        return self.history[-1] if self.history else None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training and evaluation so far."""
+        return self.last.seconds if self.last else 0.0
+
+
+class RunFolder:
+    """Paths and writers of `runs/NAME`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.space = path / "space.yaml"
+        self.trials = path / "trials.csv"
+        self.history = path / "history.csv"
+        self.study = path / "study.db"
+        self.best = path / "best"
+        self.summary = path / "summary.json"
+        self.environment = path / "environment.json"
+        self.report = path / "report.html"
+        self.ray = path / "ray"
+        self.log = path / "log.txt"
+        self.clock = path / "clock.json"
+
+    @classmethod
+    def create(cls, path: Path, space_yaml: str) -> RunFolder:
+        """Make the folder and write what is known before the first trial; a run that is resumed keeps its own."""
+        folder = cls(path)
+        folder.ray.mkdir(parents=True, exist_ok=True)
+        folder.space.write_text(space_yaml, encoding="utf-8")
+        if folder.history.exists():
+            return folder
+        write_json(folder.environment, describe_environment())
+        with folder.history.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(HISTORY_COLUMNS)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            RunFolderError: there is none at `path`.
+        """
+        folder = cls(path)
+        if not folder.space.exists():
+            raise RunFolderError(f"{path}: no run folder there; see `fmtune list`")
+        return folder
+
+    def append_history(self, number: int, metrics: EpochMetrics) -> None:
+        """Add an epoch of a trial to history.csv."""
+        with self.history.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow([number, *metrics.as_dict().values()])
+
+    def read_history(self) -> dict[int, list[EpochMetrics]]:
+        """The epochs of each trial; an epoch done twice, after an interruption, counts as done last."""
+        history: dict[int, dict[int, EpochMetrics]] = {}
+        if self.history.exists():
+            with self.history.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    # An interruption in the middle of a write leaves a row short.
+                    if all(row.values()):
+                        metrics = EpochMetrics(
+                            int(row["epoch"]), *(float(row[column]) for column in HISTORY_COLUMNS[2:])
+                        )
+                        history.setdefault(int(row["trial"]), {})[metrics.epoch] = metrics
+        return {trial: [epochs[e] for e in sorted(epochs)] for trial, epochs in history.items()}
+
+    def write_trials(self, records: Iterable[TrialRecord], columns: Sequence[str]) -> None:
+        """Write trials.csv; `columns` are the searched keys."""
+        aside = self.trials.with_name("trials.csv.part")
+        with aside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*_TRIAL_COLUMNS, *(f"params.{key}" for key in columns)])
+            for record in sorted(records, key=lambda record: record.number):
+                last = record.last
+                measured = [last.epoch, last.val_accuracy, last.val_loss] if last else [0, None, None]
+                values = [record.params.get(key) for key in columns]
+                writer.writerow([record.number, record.state, *measured, f"{record.seconds:.3f}", *values])
+        aside.replace(self.trials)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        write_json(self.summary, summary)
+
+    def read_summary(self) -> dict[str, Any]:
+        """summary.json of a finished run.
+
+        Raises:
+            RunFolderError: the run has not finished.
+        """
+        if not self.summary.exists():
+            raise RunFolderError(f"{self.path}: the run has not finished; go on with --resume")
+        summary: dict[str, Any] = read_json(self.summary)
+        return summary
+
+
+def find_run(run: str, runs: Path) -> RunFolder:
+    """A run by its folder, or by its name under `runs`.
+
+    Raises:
+        RunFolderError: there is no such run.
+    """
+    for path in (Path(run), runs / run):
+        if (path / "space.yaml").exists():
+            return RunFolder.open(path)
+    raise RunFolderError(f"{run}: no such run, neither as a folder nor under {runs}/; see `fmtune list`")
+
+
+def list_runs(runs: Path) -> list[RunFolder]:
+    """The run folders under `runs`, by name."""
+    return [RunFolder(path.parent) for path in sorted(runs.glob("*/space.yaml"))]
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, device, git commit and command, for whoever wants to repeat the run."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "git_commit": _git_commit(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the folder that the command runs in, None outside a repository or without git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None

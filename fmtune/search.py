@@ -1,0 +1,234 @@
+"""A run from start to end: search, choice, and the test split read once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fmtune.choice import Choice, Chooser
+from fmtune.context import RunContext
+from fmtune.data import TrainingData, load_training_data, weights_folder
+from fmtune.errors import FmtuneError, RunFailed, RunFolderError, SpaceError
+from fmtune.explore import Exploration, rank
+from fmtune.model import create_model
+from fmtune.pretrained import load_pretrained
+from fmtune.report import write_report
+from fmtune.run import RunFolder
+from fmtune.session import quiet, ray_session
+from fmtune.space import Space
+from fmtune.summary import conclude
+from fmtune.timing import Timing, read_clock, write_clock
+from fmtune.trial import SharedData
+from fmtune.tuner import count_slots, whole_machine
+from fmtune.view import Board, create_view
+
+SpaceSource = Space | str | Path | Mapping[str, Any]
+
+
+class Interrupted(FmtuneError):
+    """Ctrl-C; the run folder can be gone on with."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run found: its folder, and the content of its summary.json."""
+
+    folder: RunFolder
+    summary: dict[str, Any]
+
+
+def search(
+    space: SpaceSource,
+    *,
+    data: str | None = None,
+    name: str | None = None,
+    runs: str | Path = "runs",
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    address: str | None = None,
+    started: float | None = None,
+) -> RunResult:
+    """Find the best configuration of a space within its budget, and train it.
+
+    Args:
+        space: a `Space`, or what `Space.load` takes.
+        data: stands in for `data.train`.
+        name: of the run folder; the space file's by default.
+        runs: folder of run folders.
+        overrides: `KEY=VALUE` of dotted keys of the space.
+        resume: go on with the run folder if it exists.
+        address: of a Ray cluster; a Ray of this machine's own by default.
+        started: `time.monotonic()` from which `search.time` counts; now by default.
+
+    Raises:
+        InputError: the space, the data or the run folder is not as it must be; nothing has been started.
+        RunFailed: no trial got as far as a result.
+        Interrupted: Ctrl-C.
+    """
+    resolved = resolve_search(space, data, overrides)
+    return run_space(resolved, Path(runs) / (name or _name_of(space)), resume=resume, address=address, started=started)
+
+
+def train(
+    space: SpaceSource,
+    *,
+    data: str | None = None,
+    name: str | None = None,
+    runs: str | Path = "runs",
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    address: str | None = None,
+    started: float | None = None,
+) -> RunResult:
+    """Train one configuration, a space whose every value is fixed, the way that a search trains its trials.
+
+    Arguments and errors are those of `search`.
+    """
+    resolved = resolve_single(space, data, overrides)
+    return run_space(resolved, Path(runs) / (name or _name_of(space)), resume=resume, address=address, started=started)
+
+
+def resolve_search(space: SpaceSource, data: str | None, overrides: Sequence[str]) -> Space:
+    """A space to search, with `data` and overrides in place.
+
+    Raises:
+        SpaceError: the space is wrong, or validates on the test split.
+    """
+    resolved = _resolve(space, data, overrides)
+    if resolved.data.validation == "test":
+        raise SpaceError(
+            "data.validation: a search that validates on the test split chooses by it, and then has none left to "
+            "measure the choice; give a fraction such as 0.1 (`fmtune train` takes test)"
+        )
+    return resolved
+
+
+def resolve_single(space: SpaceSource, data: str | None, overrides: Sequence[str]) -> Space:
+    """A space as one training, with `data` and overrides in place.
+
+    Raises:
+        SpaceError: the space is wrong, or has ranges.
+    """
+    resolved = _resolve(space, data, overrides)
+    if resolved.ranges:
+        keys = ", ".join(f"trial.{key}" for key in resolved.ranges)
+        raise SpaceError(f"{keys}: ranges; `fmtune train` takes fixed values, `fmtune search` searches ranges")
+    return resolved.as_single_training()
+
+
+def _resolve(space: SpaceSource, data: str | None, overrides: Sequence[str]) -> Space:
+    if not isinstance(space, Space):
+        return Space.load(space, overrides, data)
+    if data is not None or overrides:
+        raise SpaceError("data and overrides go with a file or a mapping, not with a Space that is resolved")
+    return space
+
+
+def _name_of(space: SpaceSource) -> str:
+    return Path(space).stem if isinstance(space, str | Path) else "search"
+
+
+def run_space(
+    space: Space, path: Path, *, resume: bool = False, address: str | None = None, started: float | None = None
+) -> RunResult:
+    """Run a resolved space into the folder `path`; arguments and errors are those of `search`."""
+    started = time.monotonic() if started is None else started
+    _check_folder(path, space, resume)
+    data = load_training_data(space.data)
+    _check_channels(space, data)
+    weights = _try_weights(space, data)
+    folder = RunFolder.create(path, space.to_yaml())
+    board = _create_board(space, data, folder, started - read_clock(folder))
+    try:
+        with quiet(folder.log) as console, create_view(board, console) as view:
+            for line in weights:
+                view.note(line)
+            with ray_session(space.resources, address):
+                if space.is_single and space.resources.cpus is None and address is None:
+                    space = replace(space, resources=whole_machine(space.resources))
+                context = RunContext(space, data, SharedData.of(data), folder, board, view)
+                timing = Timing(space, folder, board, _rows_ratio(data), lambda: count_slots(space.resources))
+                choice = _choose(context, timing, address is None)
+            board.phase = "measuring on the test split"
+            result = RunResult(folder, conclude(context, choice))
+            write_report(folder)
+            return result
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {folder.path} keeps what is done") from None
+    finally:
+        write_clock(folder, board.elapsed)
+
+
+def _check_folder(path: Path, space: Space, resume: bool) -> None:
+    """Refuse a folder that another run has taken, and going on with a run that asks for something else."""
+    if not path.exists():
+        return
+    if not resume:
+        raise RunFolderError(f"{path}: the run folder exists; go on with --resume, or choose another --name")
+    earlier = Space.load(RunFolder.open(path).space)
+    for part in ("data", "fixed", "ranges"):
+        if getattr(earlier, part) != getattr(space, part):
+            raise RunFolderError(
+                f"{path}: --resume with other {'data' if part == 'data' else 'trials'} than in its space.yaml; only "
+                "search, resources and storage may change"
+            )
+
+
+def _check_channels(space: Space, data: TrainingData) -> None:
+    channels = data.image_shape[0]
+    for config in space.samples():
+        if config.model.channels == 1 and channels != 1:
+            raise SpaceError(f"trial.model.channels: 1; the images have {channels}; leave it null, or set {channels}")
+
+
+def _try_weights(space: Space, data: TrainingData) -> list[str]:
+    """Load the starting weights into each network that may want them, before anything is started.
+
+    Returns:
+        What was loaded, left out and newly made, a line for each.
+
+    Raises:
+        InputError: weights can't be had, or don't fit a network.
+    """
+    wanted = {config.model.model_copy(update={"freeze": 0}) for config in space.samples() if config.model.pretrained}
+    lines = []
+    for model in sorted(wanted, key=repr):
+        network = create_model(model, data.image_shape[0], len(data.classes))
+        lines.append(load_pretrained(network, model, weights_folder()).describe())
+    return list(dict.fromkeys(lines))
+
+
+def _choose(context: RunContext, timing: Timing, is_local: bool) -> Choice:
+    Exploration(context, timing).run()
+    records = list(context.board.records.values())
+    if not rank(records, context.board.metric, context.board.larger):
+        causes = dict.fromkeys(record.cause for record in records if record.cause)
+        raise RunFailed(
+            f"none of {len(records)} trials came to a result",
+            *(f"cause: {cause}" for cause in causes),
+            f"what Ray said is in {context.folder.log}",
+        )
+    return Chooser(context, timing, is_local).choose()
+
+
+def _create_board(space: Space, data: TrainingData, folder: RunFolder, started: float) -> Board:
+    limit = space.search.time
+    return Board(
+        title=f"{folder.path.name}: {data.loaded.source} ({data.loaded.origin}), {len(data.train_rows):,} training and "
+        f"{len(data.validation_rows):,} validation images",
+        trials=space.trials,
+        metric=space.search.metric,
+        larger=space.search.mode == "max",
+        started=started,
+        deadline=None if limit is None else started + limit,
+        has_baseline=not space.is_single,
+    )
+
+
+def _rows_ratio(data: TrainingData) -> float:
+    return (len(data.train_rows) + len(data.validation_rows)) / len(data.train_rows)

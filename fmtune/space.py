@@ -1,0 +1,200 @@
+"""A search space: what is fixed, what is searched, and how a sample becomes a configuration."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from fmtune.config import DataConfig, ResourcesConfig, Scalar, SearchConfig, TrialConfig, flatten, nest
+from fmtune.errors import SpaceError
+from fmtune.ranges import Range, Suggests
+from fmtune.recipes import RECIPES
+from fmtune.spacefile import Document, SpaceReader
+
+_SAMPLES = 64
+"""Random samples of a space that are looked at before a search may start."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """A search, resolved: every default written out, every range checked.
+
+    Attributes:
+        data, search, resources: the sections of the YAML.
+        storage: where Tune keeps its own folder; None is inside the run folder.
+        baseline: the configuration of trial 0.
+        fixed: the trial's values that are not searched, by dotted key, defaults included.
+        ranges: those that are, by dotted key, each after the ones that its `when` names.
+        is_single: whether this is one training, whose trial 0 is no baseline.
+    """
+
+    data: DataConfig
+    search: SearchConfig
+    resources: ResourcesConfig
+    storage: str | None
+    baseline: TrialConfig
+    fixed: Mapping[str, Scalar]
+    ranges: Mapping[str, Range]
+    is_single: bool = False
+
+    @classmethod
+    def load(
+        cls, source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), data: str | None = None
+    ) -> Space:
+        """Read a space from a YAML file or a mapping, with `KEY=VALUE` overrides, and `data` for `data.train`.
+
+        Raises:
+            SpaceError: anything in it is wrong; one line for each mistake, with its place.
+        """
+        document = Document.of_mapping(source) if isinstance(source, Mapping) else Document.of_file(Path(source))
+        for override in overrides:
+            document.override(override)
+        if data is not None:
+            document.replace("data.train", data, f"--data {data}")
+        reader = SpaceReader(document)
+        sections = reader.read()
+        space = cls(
+            data=sections.data,
+            search=sections.search,
+            resources=sections.resources,
+            storage=sections.storage,
+            baseline=_create_baseline(sections.baseline, sections.fixed, sections.ranges),
+            fixed=_with_absolute_weights(sections.fixed),
+            ranges=_order_by_conditions(sections.ranges),
+        )
+        space._check_samples(document)
+        return space
+
+    def as_single_training(self) -> Space:
+        """The one training that a space without ranges describes: trial 0, trained once on the training rows."""
+        search = self.search.model_copy(update={"trials": 1, "scheduler": "none", "finalists": 0, "refit": False})
+        return replace(self, search=search, baseline=self.trial_config({}), is_single=True)
+
+    def params_of(self, config: TrialConfig) -> dict[str, Scalar]:
+        """The values that a configuration has for the ranges whose conditions hold in it."""
+        values = flatten(config)
+        return {key: values[key] for key, searched in self.ranges.items() if self._is_active(searched, values)}
+
+    def suggest(self, trial: Suggests) -> dict[str, Scalar]:
+        """Draw the ranges whose conditions hold, by dotted key."""
+        drawn: dict[str, Scalar] = {}
+        for key, searched in self.ranges.items():
+            if self._is_active(searched, drawn):
+                drawn[key] = searched.suggest(trial, key)
+        return drawn
+
+    def grid(self) -> list[dict[str, Scalar]]:
+        """All that `suggest` can draw from a space without continuous ranges, by dotted key."""
+        points: list[dict[str, Scalar]] = [{}]
+        for key, searched in self.ranges.items():
+            points = [
+                {**point, **drawn}
+                for point in points
+                for drawn in ([{key: value} for value in searched.grid] if self._is_active(searched, point) else [{}])
+            ]
+        return points
+
+    @property
+    def trials(self) -> int:
+        """Trials to start at most: as many as asked for, and with a grid no more than its points and the baseline."""
+        return min(self.search.trials, 1 + len(self.grid())) if self.search.sampler == "grid" else self.search.trials
+
+    def trial_config(self, drawn: Mapping[str, Scalar]) -> TrialConfig:
+        """The configuration that drawn values make; ranges that were not drawn take `TrialConfig`'s defaults."""
+        return TrialConfig.model_validate(nest({**self.fixed, **drawn}))
+
+    def to_yaml(self) -> str:
+        """The space as YAML that loads to an equal one."""
+        trial = {**self.fixed, **{key: searched.as_yaml() for key, searched in self.ranges.items()}}
+        content = {
+            "data": self.data.model_dump(mode="json"),
+            "search": self.search.model_dump(mode="json"),
+            "resources": self.resources.model_dump(mode="json"),
+            "storage": self.storage,
+            "baseline": self.baseline.model_dump(mode="json"),
+            "trial": nest(trial),
+        }
+        yaml = YAML()
+        yaml.default_flow_style = None
+        yaml.width = 120
+        stream = io.StringIO()
+        yaml.dump(content, stream)
+        return stream.getvalue()
+
+    def _is_active(self, searched: Range, drawn: Mapping[str, Scalar]) -> bool:
+        values = {**flatten(TrialConfig()), **self.fixed, **drawn}
+        return all(values[key] in allowed for key, allowed in searched.when.items())
+
+    def samples(self) -> Iterator[TrialConfig]:
+        """The baseline and some configurations of the space, the same ones each time."""
+        yield self.baseline
+        draws = _RandomDraws()
+        for _ in range(_SAMPLES if self.ranges else 1):
+            yield self.trial_config(self.suggest(draws))
+
+    def _check_samples(self, document: Document) -> None:
+        """Find combinations that no single value shows to be wrong, such as mixup with cutmix."""
+        try:
+            for _ in self.samples():
+                pass
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(("trial", *map(str, first["loc"])))
+            raise SpaceError(f"{document.place(key)}: {key}: {first['ctx']['error']}") from None
+
+
+class _RandomDraws:
+    """Independent uniform draws, the same ones each time."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Scalar]) -> Scalar:
+        return self._random.choice(choices)
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        return self._random.randint(low, high)
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return math.exp(self._random.uniform(math.log(low), math.log(high))) if log else self._random.uniform(low, high)
+
+
+def _create_baseline(
+    baseline: str | Mapping[str, Any], fixed: Mapping[str, Scalar], ranges: Mapping[str, Range]
+) -> TrialConfig:
+    """A recipe by name, for as many epochs as the search gives a trial at most; or the values given."""
+    if not isinstance(baseline, str):
+        return TrialConfig.model_validate(baseline)
+    epochs = max(ranges["epochs"].candidates) if "epochs" in ranges else fixed["epochs"]  # type: ignore[type-var]
+    return RECIPES[baseline].model_copy(update={"epochs": epochs})
+
+
+def _with_absolute_weights(fixed: Mapping[str, Scalar]) -> Mapping[str, Scalar]:
+    """A path of weights made absolute: trials run in folders of their own."""
+    weights = fixed.get("model.pretrained")
+    if not isinstance(weights, str) or weights == "imagenet":
+        return fixed
+    return {**fixed, "model.pretrained": str(Path(weights).resolve())}
+
+
+def _order_by_conditions(ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges, each after those that its condition names; the reader has ruled out circles."""
+    ordered: dict[str, Range] = {}
+
+    def place(key: str) -> None:
+        if key not in ordered and key in ranges:
+            for other in ranges[key].when:
+                place(other)
+            ordered[key] = ranges[key]
+
+    for key in ranges:
+        place(key)
+    return ordered

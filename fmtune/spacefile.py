@@ -1,0 +1,332 @@
+"""Reading a search-space file: where each value stands, and every mistake in it at once."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from fmtune.config import Config, DataConfig, ResourcesConfig, Scalar, SearchConfig, TrialConfig, flatten, nest
+from fmtune.errors import SpaceError
+from fmtune.ranges import Interval, Range, is_range, parse_range
+from fmtune.recipes import RECIPES
+
+SECTIONS: dict[str, type[Config]] = {"data": DataConfig, "search": SearchConfig, "resources": ResourcesConfig}
+KEYS = (*SECTIONS, "storage", "baseline", "trial")
+"""Top-level keys of the file."""
+
+
+class Document:
+    """The file's content, and where each of its values stands."""
+
+    def __init__(self, content: dict[str, Any], source: str, lines: Mapping[str, int]) -> None:
+        self.content = content
+        self._source = source
+        self._lines = lines
+        self._overridden: dict[str, str] = {}
+
+    @classmethod
+    def of_mapping(cls, mapping: Mapping[str, Any]) -> Document:
+        return cls(_plain(mapping), "space", {})
+
+    @classmethod
+    def of_file(cls, path: Path) -> Document:
+        """Parse a YAML file.
+
+        Raises:
+            SpaceError: the file is missing or is no YAML mapping.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise SpaceError(f"{path}: no such file; fmtune ships search_spaces/default.yaml") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpaceError(f"{path}: can't be read as text ({error})") from None
+        try:
+            content = YAML().load(text)
+        except MarkedYAMLError as error:
+            mark = error.problem_mark
+            line = f":{mark.line + 1}" if mark else ""
+            raise SpaceError(f"{path}{line}: not valid YAML: {_first_line(error.problem or str(error))}") from None
+        except YAMLError as error:
+            raise SpaceError(f"{path}: not valid YAML: {_first_line(str(error))}") from None
+        if not isinstance(content, CommentedMap):
+            raise SpaceError(f"{path}: expected a mapping with keys {', '.join(KEYS)}")
+        return cls(_plain(content), str(path), dict(_lines_of(content)))
+
+    def override(self, assignment: str) -> None:
+        """Set a dotted key from `KEY=VALUE`, the value in YAML.
+
+        Raises:
+            SpaceError: there is no `=`, the value is not valid YAML, or a parent of the key is no mapping.
+        """
+        place = f"--set {assignment}"
+        key, equals, text = assignment.partition("=")
+        if not (key and equals):
+            raise SpaceError(f"{place}: expected KEY=VALUE, such as search.trials=20")
+        try:
+            value = _plain(YAML(typ="safe").load(io.StringIO(text)))
+        except YAMLError as error:
+            raise SpaceError(f"{place}: not valid YAML: {_first_line(str(error))}") from None
+        self.replace(key, value, place)
+
+    def replace(self, key: str, value: Any, place: str) -> None:
+        """Set a dotted key to a plain value that the user gave at `place`.
+
+        Raises:
+            SpaceError: a parent of the key is no mapping.
+        """
+        *parents, last = key.split(".")
+        node = self.content
+        for parent in parents:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise SpaceError(f"{place}: `{parent}` is a value and has no keys below it")
+        node[last] = value
+        self._overridden[key] = place
+
+    def place(self, key: str) -> str:
+        """File and line, or override, of a dotted key or its nearest parent."""
+        while True:
+            if key in self._overridden:
+                return self._overridden[key]
+            if key in self._lines:
+                return f"{self._source}:{self._lines[key]}"
+            if "." not in key:
+                return self._source
+            key = key.rpartition(".")[0]
+
+
+@dataclass
+class Sections:
+    """The validated parts of a file; the trial's values by dotted key."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    storage: str | None = None
+    baseline: str | dict[str, Any] = "seed"
+    fixed: dict[str, Scalar] = field(default_factory=dict)
+    ranges: dict[str, Range] = field(default_factory=dict)
+
+
+class SpaceReader:
+    """Reads a document into sections and gathers what is wrong with it."""
+
+    def __init__(self, document: Document) -> None:
+        self._document = document
+        self._problems: list[str] = []
+
+    def read(self) -> Sections:
+        """The sections.
+
+        Raises:
+            SpaceError: one line for each mistake.
+        """
+        content = self._document.content
+        sections = Sections()
+        for key in content:
+            if key not in KEYS:
+                self._add(key, f"unknown key; {_hint(key, KEYS)}")
+        for name, kind in SECTIONS.items():
+            setattr(sections, name, self._read_config(kind, content.get(name), name) or kind())
+        sections.storage = self._read_storage(content.get("storage"))
+        sections.baseline = self._read_baseline(content.get("baseline", "seed"))
+        self._read_trial(content.get("trial"), sections)
+        if sections.search.sampler == "grid":
+            self._check_grid(sections.ranges)
+        if self._problems:
+            raise SpaceError(*self._problems)
+        return sections
+
+    def _read_config(self, kind: type[Config], values: Any, name: str) -> Config | None:
+        try:
+            return kind.model_validate({} if values is None else values)
+        except ValidationError as error:
+            self._add_errors(error, kind, name)
+            return None
+
+    def _read_storage(self, storage: Any) -> str | None:
+        if storage is not None and not isinstance(storage, str):
+            self._add("storage", f"{storage!r}; expected null, a path, or a URL such as s3://bucket/prefix")
+            return None
+        return storage
+
+    def _read_baseline(self, baseline: Any) -> str | dict[str, Any]:
+        if isinstance(baseline, dict):
+            self._read_config(TrialConfig, baseline, "baseline")
+            return baseline
+        if not isinstance(baseline, str) or baseline not in RECIPES:
+            self._add(
+                "baseline", f"{baseline!r}; expected {' or '.join(RECIPES)}, or a mapping like `trial` of fixed values"
+            )
+            return "seed"
+        return baseline
+
+    def _read_trial(self, trial: Any, sections: Sections) -> None:
+        if not isinstance(trial, dict | None):
+            self._add("trial", f"{trial!r}; expected a mapping with keys {', '.join(TrialConfig.model_fields)}")
+            return
+        given: dict[str, Any] = {}
+        for key, value in _leaves(trial or {}):
+            if is_range(value):
+                self._read_range(key, value, sections)
+            else:
+                given[key] = value
+        # Ranges stand at their defaults here, so that a mistake in a fixed value is told once.
+        config = self._read_config(TrialConfig, nest(given), "trial")
+        if config is not None:
+            sections.fixed = {key: value for key, value in flatten(config).items() if key not in sections.ranges}
+            for key, searched in sections.ranges.items():
+                self._check_condition(key, searched, sections)
+
+    def _read_range(self, key: str, value: dict[str, Any], sections: Sections) -> None:
+        try:
+            searched = parse_range(value)
+        except ValueError as error:
+            self._add(f"trial.{key}", str(error))
+            return
+        if key not in flatten(TrialConfig()):
+            self._check_value(key, None)
+            return
+        fits = [self._check_value(key, candidate) for candidate in searched.candidates]
+        if all(fits):
+            sections.ranges[key] = searched
+
+    def _check_value(self, key: str, value: Scalar) -> bool:
+        """Whether one value of a range fits the field that it is for, all else at its default."""
+        try:
+            TrialConfig.model_validate(nest({key: value}))
+        except ValidationError as error:
+            located = [
+                one
+                for one in error.errors()
+                if _dotted(one["loc"]).startswith(key) or key.startswith(_dotted(one["loc"]))
+            ]
+            own = [one for one in located if one["type"] != "value_error"]
+            for one in own[:1]:
+                self._add(f"trial.{key}", _describe(one, TrialConfig, value))
+            return not own
+        return True
+
+    def _check_grid(self, ranges: Mapping[str, Range]) -> None:
+        for key, searched in ranges.items():
+            if isinstance(searched, Interval) and searched.kind != "int":
+                self._add(
+                    f"trial.{key}", f"{searched.kind}: a grid has no end on it; use choice, or another search.sampler"
+                )
+
+    def _check_condition(self, key: str, searched: Range, sections: Sections) -> None:
+        known = (*sections.fixed, *sections.ranges)
+        for other, allowed in searched.when.items():
+            if other not in known:
+                self._add(f"trial.{key}", f"when: unknown key `{other}`; {_hint(other, known)}")
+            elif other in sections.fixed and sections.fixed[other] not in allowed:
+                self._add(f"trial.{key}", f"when: never searched, for {other} is fixed at {sections.fixed[other]!r}")
+            elif other in sections.ranges and not any(sections.ranges[other].contains(value) for value in allowed):
+                self._add(f"trial.{key}", f"when: never searched, for no value of {other} is one of {list(allowed)}")
+            elif self._depends_on(other, key, sections.ranges, frozenset()):
+                self._add(f"trial.{key}", f"when: `{other}` depends on `{key}` in turn")
+
+    def _depends_on(self, key: str, target: str, ranges: Mapping[str, Range], seen: frozenset[str]) -> bool:
+        if key == target:
+            return True
+        if key not in ranges or key in seen:
+            return False
+        return any(self._depends_on(other, target, ranges, seen | {key}) for other in ranges[key].when)
+
+    def _add_errors(self, error: ValidationError, kind: type[Config], section: str) -> None:
+        told = set()
+        for one in error.errors():
+            key = _dotted((section, *_key_path(kind, one["loc"])))
+            if key not in told:
+                told.add(key)
+                self._add(key, _describe(one, kind, one["input"]))
+
+    def _add(self, key: str, problem: str) -> None:
+        self._problems.append(f"{self._document.place(key)}: {key}: {problem}")
+
+
+def _describe(error: Any, kind: type[BaseModel], value: Any) -> str:
+    """What is wrong with a value and what would be right, from one of pydantic's errors."""
+    if error["type"] == "extra_forbidden":
+        return f"unknown key; {_hint(str(error['loc'][-1]), _fields_at(kind, error['loc'][:-1]))}"
+    if error["type"] == "value_error":
+        reason = str(error["ctx"]["error"])
+        return reason if isinstance(value, dict) else f"{value!r}; {reason}"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{value!r}; expected a mapping with keys {', '.join(_fields_at(kind, error['loc']))}"
+    expected = (
+        error["msg"].removeprefix("Input should be ").replace("a valid integer", "an integer").replace("valid ", "")
+    )
+    return f"{value!r}; expected {expected}"
+
+
+def _key_path(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A location without the branches of a union that pydantic appends to it."""
+    path: list[Any] = []
+    node: Any = kind
+    for part in location:
+        path.append(part)
+        if not (isinstance(node, type) and issubclass(node, BaseModel)) or part not in node.model_fields:
+            break
+        node = node.model_fields[part].annotation
+    return tuple(path)
+
+
+def _fields_at(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[str, ...]:
+    node: Any = kind
+    for part in location:
+        node = node.model_fields[part].annotation
+    return tuple(node.model_fields)
+
+
+def _hint(word: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(known)}"
+
+
+def _dotted(location: tuple[Any, ...]) -> str:
+    return ".".join(map(str, location))
+
+
+def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values and ranges by dotted key; an empty mapping within counts as its defaults."""
+    for key, value in mapping.items():
+        if isinstance(value, dict) and not is_range(value):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _lines_of(mapping: CommentedMap, prefix: str = "") -> Iterator[tuple[str, int]]:
+    for key, value in mapping.items():
+        yield f"{prefix}{key}", mapping.lc.data[key][0] + 1
+        if isinstance(value, CommentedMap):
+            yield from _lines_of(value, f"{prefix}{key}.")
+
+
+def _plain(value: Any) -> Any:
+    """ruamel's containers and scalars as Python's own, which strict validation wants."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0]

@@ -1,0 +1,167 @@
+"""The end of a run: the model saved, the test split read, and what was found written down and said."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from fmtune.checkpoint import TrainedModel, save_model, write_json
+from fmtune.choice import Choice, load_trial_model
+from fmtune.context import RunContext
+from fmtune.data import has_test_split, load_test_split
+from fmtune.errors import DataError
+from fmtune.predict import Measured, evaluate_model, wilson_interval
+from fmtune.run import RunFolder, TrialRecord
+from fmtune.training import Evaluation
+from fmtune.view import describe_values, format_seconds
+
+
+def conclude(context: RunContext, choice: Choice) -> dict[str, Any]:
+    """Save the model, measure it and the baseline on the test split, and write summary.json; returns its content.
+
+    Raises:
+        DataError: the test split can't be read. All else is written before.
+    """
+    save_model(context.folder.best, choice.model)
+    summary = _summarise(context, choice)
+    _write(context, choice, summary, None)
+    test = None
+    if has_test_split(context.space.data, context.data.loaded):
+        try:
+            test = _measure_test(context, choice, summary)
+        except DataError as error:
+            raise DataError(
+                *error.lines, f"the run is kept: measure it with fmtune evaluate {context.folder.path} --data FILE"
+            ) from None
+    summary["seconds"] = round(context.board.elapsed, 1)
+    _write(context, choice, summary, test)
+    return summary
+
+
+def _write(context: RunContext, choice: Choice, summary: dict[str, Any], test: Measured | None) -> None:
+    context.folder.write_summary(summary)
+    of_these_weights: dict[str, float | None] = {"val_accuracy": None, "val_loss": None}
+    if not choice.is_refit:
+        evaluation = _measure(context, choice.model)
+        of_these_weights = {"val_accuracy": evaluation.accuracy, "val_loss": evaluation.loss}
+    of_the_test = {key: summary[key] for key in ("test_accuracy", "test_interval", "test_loss")}
+    metrics = {**of_these_weights, **of_the_test, "refit": choice.is_refit, "test": test and test.as_dict()}
+    write_json(context.folder.best / "metrics.json", metrics)
+
+
+def _summarise(context: RunContext, choice: Choice) -> dict[str, Any]:
+    """All of summary.json that can be said without the test split."""
+    board, data = context.board, context.data
+    records = board.records.values()
+    last = choice.winner.last
+    is_accuracy = board.metric == "val_accuracy"
+    return {
+        "dataset": {
+            "source": data.loaded.source,
+            "origin": data.loaded.origin,
+            "train": len(data.train_rows),
+            "validation": len(data.validation_rows),
+            "test": None,
+            "shape": list(data.image_shape),
+            "classes": len(data.classes),
+        },
+        "trials": {state: board.count(state) for state in ("complete", "pruned", "failed")},
+        "best_trial": choice.winner.number,
+        "params": choice.winner.params,
+        "val_accuracy": choice.value if is_accuracy else last and last.val_accuracy,
+        "test_accuracy": None,
+        "test_interval": None,
+        "test_loss": None,
+        "baseline": _describe_baseline(board.records[0]) if board.has_baseline and 0 in board.records else None,
+        "seconds": round(board.elapsed, 1),
+        "images_trained": choice.images_trained
+        + sum(context.images_trained(record.config, len(record.history)) for record in records),
+        "finalists": [
+            {"trial": number, "mean": fmean(values), "values": list(values)}
+            for number, values in choice.finalists.items()
+        ],
+        "refit": choice.is_refit,
+        "failures": [
+            {"trial": record.number, "cause": record.cause, "config": record.config.model_dump(mode="json")}
+            for record in records
+            if record.state == "failed"
+        ],
+    }
+
+
+def _describe_baseline(record: TrialRecord) -> dict[str, Any]:
+    return {
+        "val_accuracy": record.last and record.last.val_accuracy,
+        "test_accuracy": None,
+        "epochs": len(record.history),
+        "of_epochs": record.config.epochs,
+    }
+
+
+def _measure_test(context: RunContext, choice: Choice, summary: dict[str, Any]) -> Measured:
+    """Read the test split, and enter what the model and the baseline reach on it into the summary."""
+    loaded = load_test_split(context.space.data, context.data.loaded)
+    labels = context.data.classes.indices(loaded.table.labels, loaded.source)
+    best = evaluate_model(choice.model, loaded.table.images, labels)
+    summary["dataset"]["test"] = len(labels)
+    summary["test_accuracy"] = best.accuracy
+    summary["test_interval"] = list(wilson_interval(best.correct, best.images))
+    summary["test_loss"] = best.loss
+    baseline = context.board.records.get(0)
+    if summary["baseline"] and baseline and baseline.checkpoint:
+        evaluation = evaluate_model(load_trial_model(context, baseline), loaded.table.images, labels)
+        summary["baseline"]["test_accuracy"] = evaluation.accuracy
+    return Measured(choice.model, best)
+
+
+def _measure(context: RunContext, model: TrainedModel) -> Evaluation:
+    rows = context.data.validation_rows
+    return evaluate_model(model, context.data.images[rows], context.data.labels[rows])
+
+
+def print_summary(console: Console, folder: RunFolder, summary: dict[str, Any]) -> None:
+    """The last screen: what was found, against the baseline, how long it took, where it is, and what to type next."""
+    trials, baseline = summary["trials"], summary["baseline"]
+    lines = [("found", f"trial {summary['best_trial']}  {describe_values(summary['params'])}")]
+    lines.append(("validation", _percent(summary["val_accuracy"]) + _describe_finalists(summary["finalists"])))
+    if summary["test_accuracy"] is not None:
+        low, high = summary["test_interval"]
+        lines.append(
+            ("test", f"{_percent(summary['test_accuracy'])}  (95% interval {_percent(low)} to {_percent(high)})")
+        )
+    if baseline:
+        lines.append(("baseline", _describe_against(summary, baseline)))
+    counts = f"{trials['complete']} complete, {trials['pruned']} stopped early, {trials['failed']} failed"
+    lines.append(
+        ("trials", f"{counts}, {summary['images_trained']:,} images trained in {format_seconds(summary['seconds'])}")
+    )
+    lines.append(("refit", "on training and validation rows together" if summary["refit"] else "none"))
+    lines.append(("run", str(folder.path)))
+    lines.append(("next", f"fmtune evaluate {folder.path} --data FILE    fmtune predict {folder.path} FILE -o out.csv"))
+    for name, text in lines:
+        console.print(f"{name:<11}{text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _describe_finalists(finalists: list[dict[str, Any]]) -> str:
+    if not finalists:
+        return ""
+    seeds = max(len(finalist["values"]) for finalist in finalists)
+    return f"  (best mean of {len(finalists)} finalists over {seeds} fresh seed{'s' if seeds > 1 else ''})"
+
+
+def _describe_against(summary: dict[str, Any], baseline: dict[str, Any]) -> str:
+    key = "test_accuracy" if baseline["test_accuracy"] is not None else "val_accuracy"
+    if baseline[key] is None:
+        return "had no time to finish an epoch"
+    text = _percent(baseline[key])
+    if summary[key] is not None:
+        text += f"  (tuned: {100 * (summary[key] - baseline[key]):+.2f} points)"
+    if baseline["epochs"] < baseline["of_epochs"]:
+        text += f"  after {baseline['epochs']} of {baseline['of_epochs']} epochs, its share of the time"
+    return text
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}%"

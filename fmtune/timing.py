@@ -1,0 +1,100 @@
+"""The budget of wall-clock time: what is left, and what must be set aside for the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from fmtune.checkpoint import read_json, write_json
+from fmtune.run import RunFolder, TrialRecord
+from fmtune.space import Space
+from fmtune.view import Board
+
+_ENDING_SHARE = 0.5
+"""Part of `search.time` that finalists and refit may be set aside at most."""
+_PHASE_SECONDS = 8.0
+"""Seconds that a phase takes beside training: processes start and import torch."""
+_CLOSING_SECONDS = 12.0
+"""Seconds set aside for the test split, the report and the end of Ray."""
+_MAX_ROUNDS = 3
+"""Fresh seeds of each finalist at most."""
+_CLOCK_SECONDS = 1.0
+"""Seconds between notes of the time used."""
+
+
+class Timing:
+    """Plans a run within its time.
+
+    Args:
+        space: of the run.
+        folder: keeps the time that earlier attempts have used.
+        board: whose deadline and records are looked at.
+        rows_ratio: rows of the refit over rows of a trial.
+        slots: asks how many trials run side by side.
+    """
+
+    def __init__(
+        self, space: Space, folder: RunFolder, board: Board, rows_ratio: float, slots: Callable[[], int]
+    ) -> None:
+        self._search, self._folder, self._board = space.search, folder, board
+        self._rows_ratio, self._slots = rows_ratio, slots
+        self._saved = 0.0
+
+    def search_is_over(self) -> bool:
+        """Whether the time left is needed for finalists, refit and closing."""
+        if self._board.left is None or self._search.time is None:
+            return False
+        reserve = self._finalists_seconds() + self.refit_seconds(self._leaders()[:1])
+        return self._board.left < min(reserve, _ENDING_SHARE * self._search.time) + _CLOSING_SECONDS
+
+    def is_late(self, reserve: float = 0.0) -> bool:
+        """Whether only `reserve` seconds and the closing are left."""
+        return self._board.left is not None and self._board.left < reserve + _CLOSING_SECONDS
+
+    def finalist_rounds(self, leaders: Sequence[TrialRecord]) -> int:
+        """Fresh seeds of each finalist that there is time for before the refit."""
+        if self._board.left is None:
+            return _MAX_ROUNDS
+        left = self._board.left - _CLOSING_SECONDS - self.refit_seconds(leaders) - _PHASE_SECONDS
+        return max(0, min(_MAX_ROUNDS, int(left / self._round_seconds(leaders))))
+
+    def refit_seconds(self, leaders: Sequence[TrialRecord]) -> float:
+        """Seconds that a refit of the slowest of these takes on one trial's resources; 0 without a refit."""
+        if not self._search.refit or not leaders:
+            return 0.0
+        return _PHASE_SECONDS + self._rows_ratio * max(map(full_seconds, leaders))
+
+    def save_clock(self) -> None:
+        """Note the time used, once a second at most, so that a resumed run counts it."""
+        if time.monotonic() - self._saved > _CLOCK_SECONDS:
+            write_clock(self._folder, self._board.elapsed)
+            self._saved = time.monotonic()
+
+    def _leaders(self) -> list[TrialRecord]:
+        """The trials that would be finalists now, the slower of equals being unknown."""
+        measured = [r for r in self._board.records.values() if r.number and self._board.value(r) is not None]
+        measured.sort(key=lambda r: self._board.value(r) or 0.0, reverse=self._board.larger)
+        return measured[: max(1, self._search.finalists)]
+
+    def _finalists_seconds(self) -> float:
+        leaders = self._leaders()
+        return _PHASE_SECONDS + self._round_seconds(leaders) if len(leaders) > 1 and self._search.finalists > 1 else 0.0
+
+    def _round_seconds(self, leaders: Sequence[TrialRecord]) -> float:
+        """Seconds that one more training of each takes, side by side."""
+        return math.ceil(len(leaders) / self._slots()) * max(map(full_seconds, leaders))
+
+
+def full_seconds(record: TrialRecord) -> float:
+    """Seconds of the trial to its last epoch, by the rate of those that it has done."""
+    return record.seconds / max(1, len(record.history)) * record.config.epochs
+
+
+def read_clock(folder: RunFolder) -> float:
+    """Seconds that earlier attempts at the run have used."""
+    return float(read_json(folder.clock)["seconds"]) if folder.clock.exists() else 0.0
+
+
+def write_clock(folder: RunFolder, seconds: float) -> None:
+    write_json(folder.clock, {"seconds": round(seconds, 3)})

@@ -1,0 +1,233 @@
+"""One trial on Ray: in its own warm process, or by DDP in a Ray Train `TorchTrainer`."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+import ray.train.torch
+import torch
+from numpy.typing import NDArray
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from torch import Tensor
+
+from fmtune.batches import Batches
+from fmtune.checkpoint import create_preprocess, load_training, save_training
+from fmtune.config import ResourcesConfig, TrialConfig
+from fmtune.data import TrainingData, to_arrow, weights_folder
+from fmtune.model import Pixels, create_model
+from fmtune.pretrained import load_pretrained
+from fmtune.training import EpochMetrics, TrainingState, fit
+
+_SYNCHRONISATION_RETRIES = 3
+"""Deaths of workers after which a DDP trial is given up."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a trial is asked to do; it travels as Tune's configuration of the trial.
+
+    Attributes:
+        name: the trial's folder, unique in its run.
+        seed: of the initial weights, the order of rows and the augmentation.
+        trial: a `TrialConfig` as plain values.
+        rows: `train` holds the validation part out; `all` trains on it too, and measures nothing.
+        number: the trial's number in the search, None outside it.
+        resume_from: folder of a checkpoint of this trial to go on from.
+    """
+
+    name: str
+    seed: int
+    trial: dict[str, Any]
+    rows: Literal["train", "all"] = "train"
+    number: int | None = None
+    resume_from: str | None = None
+
+    @property
+    def config(self) -> TrialConfig:
+        return TrialConfig.model_validate(self.trial)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SharedData:
+    """The training data as all trials share them: one Ray Dataset, and which of its rows each part has.
+
+    `key` names the content, so that a process that has it on its device need not fetch it again.
+    """
+
+    key: str
+    dataset: ray.data.Dataset
+    train_rows: NDArray[np.int64]
+    validation_rows: NDArray[np.int64]
+    pixels: Pixels
+    classes: int
+
+    @classmethod
+    def of(cls, data: TrainingData) -> SharedData:
+        """Put the images into Ray's object store."""
+        dataset = ray.data.from_arrow(to_arrow(data.images, data.labels))
+        key = f"{data.loaded.key}-{len(data.images)}"
+        return cls(key, dataset, data.train_rows, data.validation_rows, data.pixels, len(data.classes))
+
+
+def derive_seed(seed: int, *path: int) -> int:
+    """A seed of 32 bits for one purpose, independent of those for others (numpy's `SeedSequence`)."""
+    return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0])
+
+
+def create_task(seed: int, number: int, config: TrialConfig, resume_from: str | None = None) -> Task:
+    """Trial `number` of a search with `seed`."""
+    return Task(
+        name=task_name(number),
+        seed=derive_seed(seed, number),
+        trial=config.model_dump(),
+        number=number,
+        resume_from=resume_from,
+    )
+
+
+def task_name(number: int) -> str:
+    """Folder of a trial of the search, which sorts by number."""
+    return f"{number:05d}"
+
+
+def run_trial(config: dict[str, Any], *, data: SharedData, resources: ResourcesConfig) -> None:
+    """Tune's trainable: train the task in `config` and report each epoch with a checkpoint."""
+    task = Task(**config)
+    if resources.workers > 1:
+        _run_distributed(task, data, resources)
+        return
+    _set_threads(resources)
+    _train(task, data, rank=0, workers=1, report=_report_to_tune)
+
+
+def _run_distributed(task: Task, data: SharedData, resources: ResourcesConfig) -> None:
+    """Train with several workers, whose reports reach Tune through Ray Train's callback."""
+    storage = tune.get_context().get_storage()
+    trainer = ray.train.torch.TorchTrainer(
+        _run_worker,
+        train_loop_config={"task": task, "data": data, "resources": resources},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker=worker_resources(resources),
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"workers-{task.name}",
+            storage_path=storage.storage_fs_path,
+            storage_filesystem=storage.storage_filesystem,
+            # Ray types the list by the callbacks of Train V1.
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=ray.train.FailureConfig(max_failures=_SYNCHRONISATION_RETRIES),
+        ),
+    )
+    trainer.fit()
+
+
+def _run_worker(config: dict[str, Any]) -> None:
+    """The loop of one DDP worker."""
+    task: Task = config["task"]
+    _set_threads(config["resources"])
+    context = ray.train.get_context()
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            _train(
+                replace(task, resume_from=folder),
+                config["data"],
+                context.get_world_rank(),
+                context.get_world_size(),
+                _report_to_train,
+            )
+        return
+    _train(task, config["data"], context.get_world_rank(), context.get_world_size(), _report_to_train)
+
+
+def _train(task: Task, shared: SharedData, rank: int, workers: int, report: Any) -> None:
+    config, device = task.config, ray.train.torch.get_device() if workers > 1 else _select_device()
+    images, labels = tensors_on_device(shared, device)
+    rows = np.union1d(shared.train_rows, shared.validation_rows) if task.rows == "all" else shared.train_rows
+    train = Batches(images, labels, torch.from_numpy(rows).to(device), rank, workers)
+    validation = replace(train, rows=torch.from_numpy(shared.validation_rows).to(device))
+    torch.manual_seed(task.seed)
+    network = create_model(config.model, shared.pixels.channels, shared.classes)
+    if config.model.pretrained is not None and task.resume_from is None:
+        load_pretrained(network, config.model, weights_folder())
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fit(
+        ray.train.torch.prepare_model(network) if workers > 1 else network,
+        create_preprocess(config, shared.pixels).to(device),
+        train,
+        None if task.rows == "all" else validation,
+        config,
+        seed=task.seed,
+        report=report,
+        resume_from=load_training(Path(task.resume_from)) if task.resume_from else None,
+    )
+
+
+def _report_to_tune(metrics: EpochMetrics, state: TrainingState) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        save_training(Path(folder), state.state_dict(), metrics)
+        tune.report(metrics.as_dict(), checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def _report_to_train(metrics: EpochMetrics, state: TrainingState) -> None:
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report({})
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_training(Path(folder), state.state_dict(), metrics)
+        ray.train.report(metrics.as_dict(), checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _set_threads(resources: ResourcesConfig) -> None:
+    """Torch's threads as this worker's share of the machine."""
+    torch.set_num_threads(max(1, math.floor(resources.cpus or 1)))
+
+
+def _select_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+_held: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+"""The data set that this process has on its device: trials that follow one another share it."""
+
+
+def tensors_on_device(shared: SharedData, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images uint8 (N, C, H, W) and labels int64 (N,), fetched once for a process and device."""
+    key = (shared.key, device)
+    if key not in _held:
+        _held.clear()
+        table = pa.concat_tables(ray.get(shared.dataset.to_arrow_refs())).combine_chunks()
+        tensors = table.column("image").chunk(0)
+        images = tensors.storage.flatten().to_numpy().reshape(-1, *tensors.type.shape)
+        labels = table.column("label").to_numpy()
+        # A copy: the object store's memory is read-only, which torch's tensors can't express.
+        _held[key] = (torch.tensor(images, device=device), torch.tensor(labels, device=device))
+    return _held[key]
+
+
+def worker_resources(resources: ResourcesConfig) -> dict[str, float]:
+    """What Ray sets aside for each worker."""
+    return {"CPU": resources.cpus or 1.0} | ({"GPU": resources.gpus} if resources.gpus else {})
+
+
+def trial_resources(resources: ResourcesConfig) -> Mapping[str, float]:
+    """What Ray sets aside for the trial's own process: a driver of workers needs nothing for itself."""
+    # Tune wants to set aside something; a byte of memory holds nobody up.
+    return worker_resources(resources) if resources.workers == 1 else {"CPU": 0.0, "memory": 1.0}

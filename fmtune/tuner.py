@@ -1,0 +1,362 @@
+"""Ray Tune at work for fmtune: the searcher, the schedulers, the stopper, and one call that runs trials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import optuna
+import ray
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from fmtune.config import ResourcesConfig, Scalar
+from fmtune.run import TrialRecord
+from fmtune.space import Space
+from fmtune.training import EpochMetrics
+from fmtune.trial import SharedData, Task, create_task, derive_seed, run_trial, trial_resources, worker_resources
+
+STUDY = "fmtune"
+"""Name of the Optuna study in study.db."""
+_STARTUP_TRIALS = 8
+"""Random trials before TPE models what it has seen."""
+_REDUCTION = 3
+"""ASHA lets one in this many trials go on at each rung, and its rungs are as many times apart."""
+_MEDIAN_MIN_TRIALS = 3
+"""Trials of a given epoch that the median rule wants to have seen."""
+
+
+class Watcher(Protocol):
+    """What is told of the trials as they run."""
+
+    def on_start(self, task: Task) -> None: ...
+
+    def on_epoch(self, task: Task, metrics: EpochMetrics) -> None: ...
+
+    def on_checkpoint(self, task: Task, folder: str) -> None: ...
+
+    def on_end(self, task: Task, cause: str | None) -> None: ...
+
+    def on_tick(self) -> None: ...
+
+
+class _NotStored:
+    """Tune pickles all that it is given, for a restore that fmtune has no use for; these go as an empty object."""
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        return object, ()
+
+
+class StudySearch(_NotStored, OptunaSearch):
+    """Ray's OptunaSearch over a `Space`: trial 0 is the baseline, interrupted trials come before fresh ones.
+
+    An Optuna trial ends COMPLETE where it reached its last epoch, PRUNED where it was stopped before, FAIL where it
+    died. The baseline lies outside the ranges and has no parameters. TPE passes over such a trial; CMA-ES and the
+    Gaussian process search the parameters that all finished trials have in common, so theirs is set FAIL.
+    """
+
+    def __init__(self, space: Space, storage: optuna.storages.BaseStorage, interrupted: Sequence[Task]) -> None:
+        super().__init__(
+            space=space.suggest,
+            metric=space.search.metric,
+            mode=space.search.mode,
+            sampler=create_sampler(space),
+            storage=storage,
+            study_name=STUDY,
+        )
+        self._searched = space
+        self._interrupted = list(interrupted)
+        self._tasks: dict[str, Task] = {}
+
+    @property
+    def study(self) -> optuna.Study:
+        return cast(optuna.Study, self._ot_study)
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """Tune's configuration of the next trial."""
+        if self._interrupted:
+            task = self._interrupted.pop(0)
+            stored = self.study.get_trials(deepcopy=False)[_number(task)]
+            self._ot_trials[trial_id] = optuna.trial.Trial(self.study, stored._trial_id)
+        else:
+            asked = self.study.ask()
+            task = self._create_task(asked)
+            self._ot_trials[trial_id] = asked
+        self._tasks[trial_id] = task
+        return task.as_dict()
+
+    def _create_task(self, asked: optuna.Trial) -> Task:
+        space = self._searched
+        config = space.baseline if asked.number == 0 else space.trial_config(space.suggest(asked))
+        return create_task(space.search.seed, asked.number, config)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        task, asked = self._tasks[trial_id], self._ot_trials[trial_id]
+        states = optuna.trial.TrialState
+        if task.number == 0:
+            asked.set_user_attr("baseline", True)
+        if error or not result or self.metric not in result:
+            self.study.tell(asked, state=states.FAIL)
+        elif result["epoch"] < task.config.epochs:
+            self.study.tell(asked, state=states.PRUNED)
+        elif task.number == 0 and self._searched.search.sampler in ("cmaes", "gp"):
+            self.study.tell(asked, state=states.FAIL)
+        else:
+            self.study.tell(asked, result[self.metric])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a run is resumed from its study and its history, not from pickled objects."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a run is resumed from its study and its history")
+
+
+class TaskList(_NotStored, Searcher):
+    """Proposes the tasks of a list, in order, and then no more."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        super().__init__(metric="epoch", mode="max")
+        self._tasks = list(tasks)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        # Ray's type of the method leaves out the marker that its documentation asks for.
+        return self._tasks.pop(0).as_dict() if self._tasks else Searcher.FINISHED  # type: ignore[return-value]
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a list of tasks is made anew")
+
+
+def create_sampler(space: Space) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler by the name in `search.sampler`."""
+    seed = derive_seed(space.search.seed)
+    match space.search.sampler:
+        case "tpe":
+            return optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=_STARTUP_TRIALS,
+                warn_independent_sampling=False,
+            )  # fmt: skip
+        case "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        case "gp":
+            return optuna.samplers.GPSampler(seed=seed)
+        case "grid":
+            return GridPoints(space.grid())
+        case _:
+            return optuna.samplers.RandomSampler(seed=seed)
+
+
+class GridPoints(optuna.samplers.BaseSampler):
+    """Gives trial n the n-th point of a grid; Optuna's own grid sampler can't be asked and told, as Ray does."""
+
+    def __init__(self, grid: Sequence[dict[str, Scalar]]) -> None:
+        self._grid = grid
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        # Trial 0 is the baseline and draws nothing.
+        return self._grid[trial.number - 1][param_name]
+
+
+class _SparesBaseline(_NotStored, TrialScheduler):
+    """Lets trial 0 run to its end: it is what the others are compared with."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if trial.config["number"] == 0:
+            return str(TrialScheduler.CONTINUE)
+        return str(super().on_trial_result(tune_controller, trial, result))
+
+
+class Asha(_SparesBaseline, ASHAScheduler):
+    """Asynchronous successive halving on epochs (Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
+
+    def replay(self, record: TrialRecord, metric: str) -> None:
+        """Enter the epochs of an earlier trial into the rungs, as if it had run here."""
+        if record.number == 0:
+            return
+        sign = 1 if self._mode == "max" else -1
+        stand_in = Trial("replayed", trial_id=f"replayed-{record.number}", stub=True)
+        for metrics in record.history:
+            value = metrics.as_dict()[metric]
+            if value is not None:
+                self._brackets[0].on_result(stand_in, metrics.epoch, sign * value)
+
+
+class MedianRule(_SparesBaseline, MedianStoppingRule):
+    """Stops trials below the median of the others' running averages (Golovin et al., 2017, Google Vizier)."""
+
+
+def create_scheduler(space: Space, earlier: Sequence[TrialRecord]) -> TrialScheduler:
+    """Tune's scheduler by the name in `search.scheduler`, with what earlier trials of a resumed run showed."""
+    search = space.search
+    options: dict[str, Any] = {"time_attr": "epoch", "metric": search.metric, "mode": search.mode}
+    match search.scheduler:
+        case "asha":
+            scheduler = Asha(max_t=max_epochs(space), grace_period=1, reduction_factor=_REDUCTION, **options)
+            for record in earlier:
+                scheduler.replay(record, search.metric)
+            return scheduler
+        case "median":
+            return MedianRule(grace_period=1, min_samples_required=_MEDIAN_MIN_TRIALS, **options)
+        case _:
+            return FIFOScheduler()
+
+
+def max_epochs(space: Space) -> int:
+    """Most epochs that a trial of the space can train."""
+    searched = space.ranges.get("epochs")
+    if searched is None:
+        return int(space.fixed["epochs"])  # type: ignore[arg-type]
+    return max(int(value) for value in searched.candidates)  # type: ignore[arg-type]
+
+
+class Until(_NotStored, tune.Stopper):
+    """Stops everything once `is_over` says so, and a single trial once `ends_early` does."""
+
+    def __init__(
+        self, is_over: Callable[[], bool], ends_early: Callable[[Task, dict[str, Any]], bool] | None = None
+    ) -> None:
+        self._is_over, self._ends_early = is_over, ends_early
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self._ends_early is not None and self._ends_early(Task(**result["config"]), result)
+
+    def stop_all(self) -> bool:
+        return self._is_over()
+
+
+class _Reports(_NotStored, tune.Callback):
+    """Passes Tune's events on to a watcher."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self._watcher.on_tick()
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._watcher.on_start(Task(**trial.config))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        metrics = EpochMetrics(**{name: result[name] for name in EpochMetrics.__dataclass_fields__})
+        self._watcher.on_epoch(Task(**trial.config), metrics)
+        if CHECKPOINT_PATH_KEY in result:
+            self._watcher.on_checkpoint(Task(**trial.config), result[CHECKPOINT_PATH_KEY])
+
+    def on_checkpoint(
+        self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: tune.Checkpoint, **info: Any
+    ) -> None:
+        self._watcher.on_checkpoint(Task(**trial.config), checkpoint.path)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._watcher.on_end(Task(**trial.config), None)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._watcher.on_end(Task(**trial.config), find_cause(trial))
+
+
+def run_trials(
+    shared: SharedData,
+    resources: ResourcesConfig,
+    searcher: Searcher,
+    trials: int,
+    *,
+    name: str,
+    storage: str,
+    watcher: Watcher,
+    until: Until,
+    scheduler: TrialScheduler | None = None,
+) -> None:
+    """Run the tasks that a searcher proposes, as many at a time as there is room for.
+
+    Args:
+        shared: data of all trials.
+        resources: of each trial.
+        searcher: proposes tasks as Tune configurations.
+        trials: how many it is asked for at most.
+        name: folder of this experiment under `storage`.
+        storage: path or URL of Tune's own folder.
+        watcher: told of every epoch, in this process.
+        until: what ends trials early, and all of them.
+        scheduler: stops trials early; none runs them to their end.
+    """
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, data=shared, resources=resources), dict(trial_resources(resources))
+    )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=trials,
+            max_concurrent_trials=count_slots(resources),
+            # A trial blocked in a nested TorchTrainer can't hand its process on.
+            reuse_actors=resources.workers == 1,
+            trial_dirname_creator=lambda trial: trial.config["name"],
+            trial_name_creator=lambda trial: trial.config["name"],
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=storage,
+            stop=until,
+            callbacks=[_Reports(watcher)],
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            failure_config=tune.FailureConfig(max_failures=0),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def count_slots(resources: ResourcesConfig) -> int:
+    """Trials that fit side by side on what the cluster has now; one at least."""
+    available: dict[str, float] = ray.cluster_resources()
+    wanted = worker_resources(resources)
+    return max(1, min(math.floor(available.get(k, 0) / (resources.workers * v) + 1e-9) for k, v in wanted.items()))
+
+
+def whole_machine(resources: ResourcesConfig) -> ResourcesConfig:
+    """The same workers with all CPUs of the cluster shared out among them."""
+    cpus = ray.cluster_resources()["CPU"] / resources.workers
+    return resources.model_copy(update={"cpus": cpus})
+
+
+def find_cause(trial: Trial) -> str:
+    """First cause of a trial's death: the last line of its traceback."""
+    error_file = trial.error_file
+    if not error_file or not Path(error_file).exists():
+        return "the trial's process ended without a message"
+    lines = Path(error_file).read_text(encoding="utf-8").splitlines()
+    return next((line for line in reversed(lines) if line.strip() and not line.startswith(" ")), lines[-1])
+
+
+def _number(task: Task) -> int:
+    assert task.number is not None
+    return task.number

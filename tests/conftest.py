@@ -1,0 +1,40 @@
+"""One Ray for the whole session, and a cache of the session's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """No test reads or fills the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["FMTUNE_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Two CPUs for all tests that search; Ray takes seconds to start."""
+    import ray
+
+    from fmtune.config import ResourcesConfig
+    from fmtune.session import ray_session
+
+    with ray_session(ResourcesConfig(), None):
+        yield
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="session")
+def full_fashion_mnist() -> Path:
+    """Folder of the full data set's IDX files."""
+    if not DEBIAN.exists():
+        pytest.skip("needs Debian's package dataset-fashion-mnist: apt-get install -y dataset-fashion-mnist")
+    return DEBIAN

@@ -1,0 +1,263 @@
+"""Searches end to end, on a few hundred images."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from tables import sample_rows, write_csv
+
+import fmtune.summary
+from fmtune import evaluate, load, search, train
+from fmtune.data import measure_pixels
+from fmtune.errors import RunFailed, RunFolderError, SpaceError
+from fmtune.run import RunFolder
+from fmtune.search import RunResult
+
+TINY: dict[str, Any] = {
+    "epochs": 3,
+    "batch_size": 64,
+    "model": {"depth": 10, "width": 4, "stem": "imagenet"},
+    "optim": {"name": "adamw", "lr": 0.01},
+}
+
+
+def _space(source: Path, **sections: Any) -> dict[str, Any]:
+    space: dict[str, Any] = {
+        "data": {"train": str(source), "validation": 0.2},
+        "search": {"trials": 4, "scheduler": "none", "finalists": 2},
+        "baseline": TINY,
+        "trial": TINY | {"optim": {"name": {"choice": ["adamw", "sgd"]}, "lr": {"log": [0.001, 0.1]}}},
+    }
+    for name, values in sections.items():
+        space[name] = space[name] | values if isinstance(space.get(name), dict) else values
+    return space
+
+
+def _study(folder: RunFolder) -> optuna.Study:
+    return optuna.load_study(study_name="fmtune", storage=f"sqlite:///{folder.study}")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_csv(tmp_path_factory.mktemp("source") / "train.csv", sample_rows("train", 40))
+
+
+@pytest.fixture(scope="module")
+def test_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a test split will be, once a search has chosen."""
+    return tmp_path_factory.mktemp("test") / "test.csv"
+
+
+@pytest.fixture(scope="module")
+def result(ray_cluster: None, source: Path, test_source: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """A search of four trials whose test file does not exist before the chosen model is saved."""
+    save_model = fmtune.summary.save_model
+
+    def save_then_reveal(*args: Any) -> None:
+        save_model(*args)
+        write_csv(test_source, sample_rows("test", 30))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fmtune.summary, "save_model", save_then_reveal)
+        space = _space(source, data={"test": str(test_source)})
+        return search(space, name="four", runs=tmp_path_factory.mktemp("runs"))
+
+
+def test_a_search_reads_the_test_split_only_after_its_choice(result: RunResult) -> None:
+    """It would have failed on the missing file; instead the summary has a test accuracy of 300 images."""
+    assert result.summary["dataset"]["test"] == 300
+    correct = result.summary["test_accuracy"] * 300
+    assert correct == pytest.approx(round(correct))
+
+
+def test_the_reloaded_model_has_the_recorded_accuracy(result: RunResult, test_source: Path) -> None:
+    measured = evaluate(result.folder.path, str(test_source)).as_dict()
+    assert measured["accuracy"] == result.summary["test_accuracy"]
+    assert measured["loss"] == result.summary["test_loss"]
+    assert measured["interval"] == result.summary["test_interval"]
+
+
+def test_a_search_learns(result: RunResult) -> None:
+    """Chance is 0.1."""
+    assert result.summary["test_accuracy"] > 0.3
+    assert result.summary["baseline"]["test_accuracy"] > 0.2
+
+
+def test_the_run_folder_is_complete(result: RunResult) -> None:
+    folder = result.folder
+    names = {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()}
+    assert {
+        "space.yaml",
+        "environment.json",
+        "trials.csv",
+        "history.csv",
+        "study.db",
+        "summary.json",
+        "report.html",
+        "best/model.safetensors",
+        "best/config.json",
+        "best/classes.json",
+        "best/metrics.json",
+    } <= names
+    assert any("events.out.tfevents" in name for name in names)
+
+
+def test_trials_study_and_history_agree(result: RunResult) -> None:
+    with result.folder.trials.open() as file:
+        trials = list(csv.DictReader(file))
+    history = result.folder.read_history()
+    study = _study(result.folder)
+    assert [int(row["number"]) for row in trials] == [0, 1, 2, 3]
+    assert result.summary["trials"] == {"complete": 4, "pruned": 0, "failed": 0}
+    for row, trial in zip(trials, study.trials, strict=True):
+        assert row["state"] == "complete"
+        assert trial.state == optuna.trial.TrialState.COMPLETE
+        epochs = history[trial.number]
+        assert [epoch.epoch for epoch in epochs] == [1, 2, 3]
+        assert float(row["val_accuracy"]) == epochs[-1].val_accuracy == trial.value
+    # The baseline lies outside the ranges; the others have drawn each.
+    assert study.trials[0].params == {}
+    assert all(set(trial.params) == {"optim.name", "optim.lr"} for trial in study.trials[1:])
+    assert trials[1]["params.optim.name"] == study.trials[1].params["optim.name"]
+
+
+def test_the_winner_is_the_finalist_with_the_best_mean(result: RunResult) -> None:
+    finalists = result.summary["finalists"]
+    assert len(finalists) == 2
+    assert all(len(finalist["values"]) == 3 for finalist in finalists)
+    best = max(finalists, key=lambda finalist: finalist["mean"])
+    assert result.summary["best_trial"] == best["trial"]
+    assert result.summary["val_accuracy"] == pytest.approx(sum(best["values"]) / 3)
+
+
+def test_the_refit_has_seen_all_rows(result: RunResult) -> None:
+    """400 rows, a fifth of which were held out of the trials: 4 trials and 6 finalists on 320, the refit on all."""
+    assert result.summary["refit"]
+    assert result.summary["images_trained"] == 3 * ((4 + 6) * 320 + 400)
+    seen = load(result.folder.path).pixels
+    assert seen == measure_pixels(sample_rows("train", 40).images)
+
+
+def test_a_taken_folder_is_refused_and_left_alone(result: RunResult, source: Path) -> None:
+    before = result.folder.summary.read_bytes()
+    with pytest.raises(RunFolderError, match=r"the run folder exists; go on with --resume"):
+        search(_space(source), name="four", runs=result.folder.path.parent)
+    assert result.folder.summary.read_bytes() == before
+
+
+def test_resuming_with_other_trials_is_refused(result: RunResult, source: Path) -> None:
+    space = _space(source, data={"test": "x"})
+    with pytest.raises(RunFolderError, match=r"--resume with other data"):
+        search(space, name="four", runs=result.folder.path.parent, resume=True)
+
+
+def test_more_trials_extend_a_finished_search(
+    result: RunResult, source: Path, test_source: Path, tmp_path: Path
+) -> None:
+    """The four are not run again: their history keeps its rows."""
+    before = result.folder.history.read_text()
+    space = _space(source, data={"test": str(test_source)}, search={"trials": 6, "finalists": 0, "refit": False})
+    extended = search(space, name="four", runs=result.folder.path.parent, resume=True)
+    after = extended.folder.history.read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == len(before.splitlines()) + 2 * 3
+    assert extended.summary["trials"] == {"complete": 6, "pruned": 0, "failed": 0}
+    assert [trial.number for trial in _study(extended.folder).trials] == list(range(6))
+
+
+def test_asha_stops_trials_early(ray_cluster: None, source: Path, tmp_path: Path) -> None:
+    """Learning rates over six decades at one slot: some are stopped, which the study calls pruned."""
+    space = _space(
+        source,
+        search={"trials": 8, "scheduler": "asha", "finalists": 0, "refit": False},
+        resources={"cpus": 2},
+        trial=TINY | {"optim": {"name": "sgd", "lr": {"log": [1e-7, 0.1]}}},
+    )
+    found = search(space, name="asha", runs=tmp_path)
+    states = [trial.state.name for trial in _study(found.folder).trials]
+    assert states.count("PRUNED") == found.summary["trials"]["pruned"] > 0
+    assert states.count("COMPLETE") == found.summary["trials"]["complete"] > 0
+    assert states[0] == "COMPLETE", "the baseline is never stopped by others"
+
+
+def test_a_failing_trial_is_recorded_with_its_cause_and_the_search_goes_on(
+    ray_cluster: None, source: Path, tmp_path: Path
+) -> None:
+    """SGD without batch norm's help overflows at a learning rate of 1e30."""
+    space = _space(
+        source,
+        search={"trials": 60, "sampler": "grid", "finalists": 0, "refit": False},
+        trial=TINY | {"precision": "fp32", "optim": {"name": "sgd", "lr": {"choice": [0.01, 1e30]}}},
+    )
+    found = search(space, name="fails", runs=tmp_path)
+    # The baseline, and each point of the grid once.
+    assert found.summary["trials"] == {"complete": 2, "pruned": 0, "failed": 1}
+    failure = found.summary["failures"][0]
+    assert "training loss became nan in epoch 1 at step" in failure["cause"]
+    assert failure["config"]["optim"]["lr"] == 1e30
+    assert [trial.state.name for trial in _study(found.folder).trials] == ["COMPLETE", "COMPLETE", "FAIL"]
+
+
+def test_a_search_whose_every_trial_fails_says_why(ray_cluster: None, source: Path, tmp_path: Path) -> None:
+    failing = TINY | {"precision": "fp32", "optim": {"name": "sgd", "lr": 1e30}}
+    with pytest.raises(RunFailed) as raised:
+        search(_space(source, baseline=failing, trial=failing), name="fails", runs=tmp_path)
+    assert raised.value.lines[0] == "none of 4 trials came to a result"
+    assert "training loss became nan" in raised.value.lines[1]
+
+
+def test_the_same_seed_gives_the_same_trials_and_weights(ray_cluster: None, source: Path, tmp_path: Path) -> None:
+    space = _space(source, search={"trials": 3, "finalists": 0, "refit": False}, resources={"cpus": 2})
+    first, second = (search(space, name=name, runs=tmp_path) for name in ("first", "second"))
+    params = [[trial.params for trial in _study(found.folder).trials] for found in (first, second)]
+    assert params[0] == params[1]
+    weights = [(found.folder.best / "model.safetensors").read_bytes() for found in (first, second)]
+    assert weights[0] == weights[1]
+
+
+def test_a_training_is_one_trial_without_a_baseline(ray_cluster: None, source: Path, tmp_path: Path) -> None:
+    found = train({"data": {"train": str(source), "validation": 0.2}, "trial": TINY}, name="one", runs=tmp_path)
+    assert found.summary["trials"] == {"complete": 1, "pruned": 0, "failed": 0}
+    assert found.summary["baseline"] is None
+    assert found.summary["test_accuracy"] is None
+    assert found.summary["images_trained"] == 3 * 320
+
+
+def test_a_training_may_validate_on_the_test_split(ray_cluster: None, source: Path, tmp_path: Path) -> None:
+    """All rows are trained on, and validation and test accuracy are of the same images."""
+    test = write_csv(tmp_path / "test.csv", sample_rows("test", 20))
+    data = {"train": str(source), "test": str(test), "validation": "test"}
+    found = train({"data": data, "trial": TINY | {"precision": "fp32"}}, name="on-test", runs=tmp_path)
+    assert found.summary["images_trained"] == 3 * 400
+    assert found.summary["dataset"]["validation"] == 200
+    assert found.summary["test_accuracy"] == found.summary["val_accuracy"]
+
+
+def test_a_search_on_the_test_split_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match=r"data\.validation: a search that validates on the test split"):
+        search(_space(source, data={"validation": "test"}), name="x", runs=tmp_path)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_training_of_ranges_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match=r"trial\.optim\.name, trial\.optim\.lr: ranges"):
+        train(_space(source), name="x", runs=tmp_path)
+
+
+def test_two_workers_train_one_model_by_ddp(
+    ray_cluster: None, source: Path, test_source: Path, result: RunResult, tmp_path: Path
+) -> None:
+    """Every row is seen once an epoch, and what the two save is one network with the published names."""
+    space = {
+        "data": {"train": str(source), "test": str(test_source), "validation": 0.2},
+        "resources": {"workers": 2, "cpus": 1},
+        "trial": TINY,
+    }
+    found = train(space, name="two", runs=tmp_path)
+    assert found.summary["trials"] == {"complete": 1, "pruned": 0, "failed": 0}
+    assert [epoch.epoch for epoch in found.folder.read_history()[0]] == [1, 2, 3]
+    assert evaluate(found.folder.path, str(test_source)).evaluation.accuracy == found.summary["test_accuracy"] > 0.2

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from fmtune.config import TrialConfig, flatten
+from fmtune.errors import SpaceError
+from fmtune.recipes import SEED
+from fmtune.space import Space
+
+SHIPPED = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
+CONDITIONAL: dict[str, Any] = {
+    "trial": {
+        "optim": {
+            # Written before what it depends on.
+            "momentum": {"float": [0.8, 0.9], "when": {"optim.name": ["sgd", "muon"]}},
+            "name": {"choice": ["sgd", "muon", "adamw"]},
+        }
+    }
+}
+
+
+def _problems(text: str, tmp_path: Path, overrides: tuple[str, ...] = ()) -> list[str]:
+    """What a file is refused for, without the folder."""
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(SpaceError) as raised:
+        Space.load(path, overrides)
+    return [line.replace(f"{tmp_path}/", "") for line in raised.value.lines]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_spaces_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    space = Space.load(path)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(space.to_yaml())
+    assert Space.load(resolved) == space
+
+
+def test_seed_yaml_is_the_seed_recipe() -> None:
+    """The baseline's recipe stands in the code, `fmtune train`'s in the YAML: one and the same."""
+    space = Space.load(Path(__file__).parent.parent / "search_spaces" / "seed.yaml")
+    assert space.trial_config({}) == SEED
+    assert space.data.validation == "test"
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path: Path) -> None:
+    text = """\
+data: {train: sample, validaton: 0.1}
+search:
+  trials: 0
+  time: 10x
+trial:
+  model:
+    depth: {choice: [10, 19]}
+  optim:
+    wieght_decay: 0.1
+    lr: {log: [0, 1]}
+    momentum: {float: [0.8, 1.2]}
+"""
+    assert _problems(text, tmp_path) == [
+        "s.yaml:1: data.validaton: unknown key; did you mean `validation`?",
+        "s.yaml:3: search.trials: 0; expected greater than 0",
+        "s.yaml:4: search.time: '10x'; should be a duration such as 90s, 10m or 1h30m",
+        "s.yaml:7: trial.model.depth: 19; expected 10, 18, 34, 50, 101 or 152",
+        "s.yaml:10: trial.optim.lr: log: [0, 1]; expected low above 0",
+        "s.yaml:11: trial.optim.momentum: 1.2; expected less than 1",
+        "s.yaml:9: trial.optim.wieght_decay: unknown key; did you mean `weight_decay`?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("trial: {epochs: 3, epochs: 4}", "s.yaml:1: not valid YAML: found duplicate key"),
+        ("trial: [1", "s.yaml:1: not valid YAML"),
+        ("- 1", "s.yaml: expected a mapping with keys"),
+        ("resorces: {}", "s.yaml:1: resorces: unknown key; did you mean `resources`?"),
+        ("search: 3", "s.yaml:1: search: 3; expected a mapping with keys trials"),
+        ("trial: {optim: {lr: -1.0}}", "s.yaml:1: trial.optim.lr: -1.0; expected greater than 0"),
+        ("trial: {optim: {lr: .nan}}", "s.yaml:1: trial.optim.lr: nan; expected"),
+        ("trial: {augment: {flip: 1}}", "s.yaml:1: trial.augment.flip: 1; expected a boolean"),
+        ("trial: {model: {choice: [1, 2]}}", "s.yaml:1: trial.model:"),
+        ("trial: {epochs: {int: [3]}}", "s.yaml:1: trial.epochs: int: [3]; expected two numbers, [low, high]"),
+        ("trial: {epochs: {int: [3, 3]}}", "s.yaml:1: trial.epochs: int: [3, 3]; expected low below high"),
+        ("trial: {epochs: {int: [1, 3], step: 1}}", "s.yaml:1: trial.epochs: a range with keys int, step; expected"),
+        ("trial: {epochs: {float: [1, 3]}}", "s.yaml:1: trial.epochs: 1.0; expected an integer"),
+        ("trial: {epochs: {choice: [1, 1]}}", "s.yaml:1: trial.epochs: choice: [1, 1]; expected two or more different"),
+        (
+            "trial: {optim: {momentum: {float: [0.8, 0.9], when: {optim.nam: [sgd]}}}}",
+            "s.yaml:1: trial.optim.momentum: when: unknown key `optim.nam`; did you mean `optim.name`?",
+        ),
+        (
+            "trial: {optim: {name: adamw, momentum: {float: [0.8, 0.9], when: {optim.name: [sgd]}}}}",
+            "s.yaml:1: trial.optim.momentum: when: never searched, for optim.name is fixed at 'adamw'",
+        ),
+        (
+            "trial: {epochs: {int: [1, 3], when: {batch_size: 8}}, batch_size: {choice: [8, 9], when: {epochs: 2}}}",
+            "s.yaml:1: trial.epochs: when: `batch_size` depends on `epochs` in turn",
+        ),
+        (
+            "trial: {augment: {mixup: {choice: [0.0, 0.2]}, cutmix: {float: [0.1, 1]}}}",
+            "s.yaml:1: trial.augment: mixup and cutmix both mix pairs of images; set one of them to 0",
+        ),
+        (
+            "trial: {model: {freeze: {int: [0, 5]}}}",
+            "s.yaml:1: trial.model: freeze keeps random weights when pretrained is null",
+        ),
+        ("baseline: sed", "s.yaml:1: baseline: 'sed'; expected seed or default, or a mapping"),
+        (
+            "search: {sampler: grid}\ntrial: {optim: {lr: {log: [0.1, 1]}}}",
+            "s.yaml:2: trial.optim.lr: log: a grid has no end on it; use choice",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_its_remedy(text: str, problem: str, tmp_path: Path) -> None:
+    problems = _problems(text, tmp_path)
+    assert problems[0].startswith(problem)
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match=r"no\.yaml: no such file"):
+        Space.load(tmp_path / "no.yaml")
+
+
+def test_overrides_set_values_ranges_and_sections(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("trial: {epochs: 3}")
+    overrides = ["trial.epochs=5", "search.time=1h30m", "trial.optim.lr={log: [0.1, 1]}", "data.test=x.csv"]
+    space = Space.load(path, overrides)
+    assert space.fixed["epochs"] == 5
+    assert space.search.time == 5400
+    assert space.ranges["optim.lr"].candidates == (0.1, 1)
+    assert space.data.test == "x.csv"
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("trial.epochs", "--set trial.epochs: expected KEY=VALUE, such as search.trials=20"),
+        ("trial.epochs=none", "--set trial.epochs=none: trial.epochs: 'none'; expected an integer"),
+        ("trial.epochs.x=1", "--set trial.epochs.x=1: `epochs` is a value and has no keys below it"),
+        ("trial.epoch=1", "--set trial.epoch=1: trial.epoch: unknown key; did you mean `epochs`?"),
+        ("trial.epochs=[", "--set trial.epochs=[: not valid YAML"),
+    ],
+)
+def test_a_mistake_in_an_override_is_told_as_one(override: str, problem: str, tmp_path: Path) -> None:
+    assert _problems("trial: {epochs: 3}", tmp_path, (override,))[0].startswith(problem)
+
+
+def test_conditions_hold_for_the_sampler() -> None:
+    """A range is drawn where its condition holds and nowhere else, whatever the order in the file."""
+    space = Space.load(CONDITIONAL)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = set()
+    for _ in range(30):
+        trial = study.ask()
+        drawn = space.suggest(trial)
+        assert ("optim.momentum" in drawn) == (drawn["optim.name"] in ("sgd", "muon"))
+        assert trial.params == drawn
+        seen.add(drawn["optim.name"])
+    assert seen == {"sgd", "muon", "adamw"}
+
+
+def test_a_sample_becomes_its_configuration() -> None:
+    space = Space.load(CONDITIONAL)
+    config = space.trial_config({"optim.name": "adamw"})
+    assert config.optim.name == "adamw"
+    # What is not drawn is as TrialConfig has it.
+    assert config.optim.momentum == TrialConfig().optim.momentum
+    assert space.params_of(config) == {"optim.name": "adamw"}
+
+
+def test_everything_unsaid_is_trial_configs_default() -> None:
+    assert flatten(Space.load({}).trial_config({})) == flatten(TrialConfig())
+
+
+def test_the_baseline_trains_as_long_as_the_longest_trial() -> None:
+    assert Space.load({"trial": {"epochs": {"int": [2, 7]}}}).baseline == SEED.model_copy(update={"epochs": 7})
+
+
+def test_the_grid_is_every_combination_that_conditions_allow() -> None:
+    """2 x 2 for sgd, and adamw once, whose momentum is not searched."""
+    names = {"choice": ["sgd", "adamw"]}
+    momenta = {"choice": [0.8, 0.9], "when": {"optim.name": "sgd"}}
+    space = Space.load(
+        {
+            "search": {"sampler": "grid", "trials": 99},
+            "trial": {"epochs": {"int": [1, 2]}, "optim": {"name": names, "momentum": momenta}},
+        }
+    )
+    keys = ("epochs", "optim.name", "optim.momentum")
+    points = [tuple(point[key] for key in keys if key in point) for point in space.grid()]
+    sgd = [(epochs, "sgd", momentum) for epochs in (1, 2) for momentum in (0.8, 0.9)]
+    assert sorted(points, key=str) == sorted([*sgd, (1, "adamw"), (2, "adamw")], key=str)
+    assert space.trials == 7

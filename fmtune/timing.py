@@ -45,8 +45,11 @@ class Timing:
         """Whether the time left is needed for finalists, refit and closing."""
         if self._board.left is None or self._search.time is None:
             return False
-        reserve = self._finalists_seconds() + self.refit_seconds(self._leaders()[:1])
-        return self._board.left < min(reserve, _ENDING_SHARE * self._search.time) + _CLOSING_SECONDS
+        refit = self.refit_seconds(self._leaders()[:1])
+        # What would take too much of the time is left out: the search itself finds more.
+        reserves = (refit + self._finalists_seconds(), refit, 0.0)
+        reserve = next(seconds for seconds in reserves if seconds <= _ENDING_SHARE * self._search.time)
+        return self._board.left < reserve + _CLOSING_SECONDS
 
     def is_late(self, reserve: float = 0.0) -> bool:
         """Whether only `reserve` seconds and the closing are left."""

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fmtune.config import ModelConfig, OptimConfig
-from fmtune.model import STAGES, Pixels, Preprocess, ResNet, count_parameters, create_model
+from fmtune.model import STAGES, Pixels, Preprocess, ResNet, SubsampledConv2d, count_parameters, create_model
 from fmtune.optim import Optimization
 
 
@@ -175,3 +175,11 @@ def test_frozen_batch_norm_uses_its_statistics_in_training_too() -> None:
     network = create_model(ModelConfig(width=4, pretrained="imagenet", freeze=5), 1, 3)
     images = _random_images(4, 1, 16, 16)
     assert torch.equal(network.train()(images), network.eval()(images))
+
+
+@pytest.mark.parametrize("size", [7, 8])
+def test_a_subsampled_convolution_is_the_strided_one(size: int) -> None:
+    ours, theirs = SubsampledConv2d(6, 10, 2), nn.Conv2d(6, 10, 1, stride=2, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    images = _random_images(3, 6, size, size)
+    assert torch.allclose(ours(images), theirs(images), atol=1e-6)

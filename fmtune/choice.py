@@ -30,17 +30,15 @@ class Choice:
     Attributes:
         winner: the trial of the search.
         model: its own weights, or those of the refit.
-        value: the deciding metric: mean over the fresh seeds, or the trial's own without finalists.
         is_refit: whether the model has seen the validation rows too.
-        finalists: the metric of each fresh seed, by trial number.
+        finalists: the last epoch from each fresh seed, by trial number; empty without a retraining.
         images_trained: by finalists and refit.
     """
 
     winner: TrialRecord
     model: TrainedModel
-    value: float
     is_refit: bool
-    finalists: Mapping[int, Sequence[float]]
+    finalists: Mapping[int, Sequence[EpochMetrics]]
     images_trained: int
 
 
@@ -51,6 +49,12 @@ class _Outcome:
     history: list[EpochMetrics] = field(default_factory=list)
     checkpoint: str | None = None
     cause: str | None = None
+
+
+def mean_of(results: Sequence[EpochMetrics], metric: str) -> float:
+    """Mean of a metric over the last epochs of several seeds."""
+    values = [result.as_dict()[metric] for result in results]
+    return fmean(value for value in values if value is not None)
 
 
 class Chooser:
@@ -69,20 +73,17 @@ class Chooser:
         ranked = rank(list(board.records.values()), board.metric, board.larger)
         finalists = self._retrain_finalists(ranked)
         winner = self._pick(ranked, finalists)
-        own_value = board.value(winner)
-        assert own_value is not None
         refit = self._refit(winner)
         return Choice(
             winner=winner,
             model=self._refitted_model(winner, refit) if refit else load_trial_model(self._context, winner),
-            value=fmean(finalists[winner.number]) if finalists else own_value,
             is_refit=refit is not None,
             finalists=finalists,
             images_trained=self._images_trained,
         )
 
-    def _retrain_finalists(self, ranked: Sequence[TrialRecord]) -> dict[int, list[float]]:
-        """The metric that the leaders reach from fresh seeds, by trial number; empty where this is skipped."""
+    def _retrain_finalists(self, ranked: Sequence[TrialRecord]) -> dict[int, list[EpochMetrics]]:
+        """What the leaders reach from fresh seeds, by trial number; empty where this is skipped or not finished."""
         context, search = self._context, self._context.space.search
         leaders = [record for record in ranked if record.state == "complete"][: search.finalists]
         if len(leaders) < 2:
@@ -98,20 +99,23 @@ class Chooser:
             for record in leaders
         ]
         outcomes = self._run(tasks, context.shared, context.space.resources, "finalists", leaders)
-        values: dict[int, list[float]] = {}
+        results: dict[int, list[EpochMetrics]] = {record.number: [] for record in leaders}
         for record, task in zip(leaders * rounds, tasks, strict=True):
             history = outcomes[task.name].history
-            value = history[-1].as_dict()[search.metric] if len(history) == record.config.epochs else None
-            if value is not None:
-                values.setdefault(record.number, []).append(value)
-        return values
+            if len(history) == record.config.epochs:
+                results[record.number].append(history[-1])
+        # Means over unequal numbers of seeds, of rounds that the time cut short, would not compare.
+        complete = min(map(len, results.values()))
+        return {number: found[:complete] for number, found in results.items()} if complete else {}
 
-    def _pick(self, ranked: Sequence[TrialRecord], finalists: Mapping[int, Sequence[float]]) -> TrialRecord:
+    def _pick(self, ranked: Sequence[TrialRecord], finalists: Mapping[int, Sequence[EpochMetrics]]) -> TrialRecord:
         """The finalist with the best mean, or the leader where there was no retraining."""
         if not finalists:
             return ranked[0]
         sign = 1 if self._context.board.larger else -1
-        return self._context.board.records[max(finalists, key=lambda number: sign * fmean(finalists[number]))]
+        return self._context.board.records[
+            max(finalists, key=lambda number: sign * mean_of(finalists[number], self._context.board.metric))
+        ]
 
     def _refit(self, winner: TrialRecord) -> _Outcome | None:
         """The winner trained on training and validation rows together; None where that is skipped or fails."""
@@ -151,7 +155,7 @@ class Chooser:
             TaskList(tasks),
             len(tasks),
             name=self._context.experiment_name(phase),
-            storage=self._context.storage,
+            storage=str(self._context.storage),
             watcher=collector,
             until=Until(lambda: self._timing.is_late(reserve)),
         )

@@ -213,7 +213,7 @@ def main() -> None:
         click.echo(f"error: {error.format_message()}", err=True)
         raise SystemExit(InputError.exit_code) from None
     except (click.Abort, KeyboardInterrupt):
-        click.echo("error: interrupted before the run began; nothing was written", err=True)
+        click.echo("error: interrupted", err=True)
         raise SystemExit(130) from None
 
 

@@ -46,7 +46,7 @@ def parse_duration(value: object) -> object:
 Duration = Annotated[
     PositiveFloat,
     BeforeValidator(parse_duration),
-    PlainSerializer(lambda seconds: f"{seconds:g}s", return_type=str),
+    PlainSerializer(lambda seconds: f"{seconds:.15g}s", return_type=str),
     WithJsonSchema(
         {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^(\d+(\.\d+)?[smhd])+$"}]}
     ),

@@ -28,11 +28,11 @@ class RunContext:
     view: View
 
     @property
-    def storage(self) -> str:
-        """Path or URL of Tune's own folder."""
+    def storage(self) -> Path:
+        """Tune's own folder."""
         if self.space.storage is None:
-            return str(self.folder.ray.resolve())
-        return f"{self.space.storage.rstrip('/')}/{self.folder.path.name}"
+            return self.folder.ray.resolve()
+        return Path(self.space.storage).resolve() / self.folder.path.name
 
     def task_of(self, record: TrialRecord) -> Task:
         """The task of a trial of the search, from its last checkpoint on if it has one."""
@@ -45,13 +45,13 @@ class RunContext:
 
     def experiment_name(self, phase: str) -> str:
         """A folder of Tune's that no earlier attempt at this phase has used."""
-        attempts = len(list(self.folder.ray.glob(f"{phase}*")))
+        attempts = len(list(self.storage.glob(f"{phase}*")))
         return phase if attempts == 0 else f"{phase}-{attempts + 1}"
 
 
-def find_checkpoint(ray_folder: Path, number: int) -> tuple[str, EpochMetrics] | None:
+def find_checkpoint(storage: Path, number: int) -> tuple[str, EpochMetrics] | None:
     """The newest whole checkpoint of a trial and its epoch's metrics, over all attempts of the search."""
-    found = ray_folder.glob(f"search*/{task_name(number)}/checkpoint_*")
+    found = storage.glob(f"search*/{task_name(number)}/**/checkpoint_*")
     for folder in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         if (metrics := load_metrics(folder)) is not None:
             return str(folder), metrics

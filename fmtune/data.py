@@ -7,7 +7,6 @@ import glob
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,7 +23,7 @@ from fmtune.config import DataConfig
 from fmtune.datasets import Split
 from fmtune.errors import DataError
 from fmtune.model import Pixels
-from fmtune.readers import File, Layout, Shape, Table, read_files, read_images
+from fmtune.readers import File, Layout, Shape, Table, complete_idx, read_files, read_images
 
 _CACHE_FORMAT = 1
 """Part of each cached table's key: raise it when what is stored for a source changes."""
@@ -125,6 +124,8 @@ def load_training_data(config: DataConfig) -> TrainingData:
     Raises:
         DataError: the source is missing, malformed, or unfit for training.
     """
+    if config.fallback is not None and config.fallback not in datasets.NAMES:
+        raise DataError(f"data.fallback: {config.fallback!r}; expected one of {', '.join(datasets.NAMES)}")
     loaded = load_split(config, "train")
     classes = Classes.of_table(loaded.table)
     if len(classes) < 2:
@@ -132,7 +133,6 @@ def load_training_data(config: DataConfig) -> TrainingData:
     images, labels = loaded.table.images, classes.indices(loaded.table.labels, loaded.source)
     if config.validation == "test":
         held_out = load_test_split(config, loaded)
-        _check_same_shape(held_out, loaded)
         train_rows = np.arange(len(images))
         validation_rows = len(images) + np.arange(len(held_out.table))
         images = np.concatenate([images, held_out.table.images])
@@ -149,11 +149,13 @@ def load_test_split(config: DataConfig, train: Loaded) -> Loaded:
     Raises:
         DataError: there is none, or it can't be read.
     """
-    if config.test is not None:
-        return load_split(config.model_copy(update={"train": config.test}), "test")
-    if train.source not in datasets.NAMES:
+    source = config.test or train.source
+    if config.test is None and train.source not in datasets.NAMES:
         raise DataError(f"{train.source}: a file has no test split of its own; set data.test")
-    return load_split(config.model_copy(update={"train": train.source}), "test")
+    # Images of another source must not stand in for those that the model is to be measured on.
+    loaded = load_split(config.model_copy(update={"train": source, "fallback": None}), "test")
+    _check_same_shape(loaded, train)
+    return loaded
 
 
 def has_test_split(config: DataConfig, train: Loaded) -> bool:
@@ -247,9 +249,6 @@ def _check_same_shape(other: Loaded, train: Loaded) -> None:
         )
 
 
-# Sources
-
-
 def _load_named(name: str, split: Split) -> Loaded:
     table, origin = datasets.read_named(name, split, cache_folder() / "datasets")
     return Loaded(table, name, origin, f"{name}-{split}")
@@ -276,7 +275,7 @@ def _find_files(source: str) -> list[File]:
     if not files:
         near = f"; known names are {', '.join(datasets.NAMES)}" if "/" not in source and "." not in source else ""
         raise DataError(f"{source}: no such file{near}")
-    return [File(fs.LocalFileSystem(), os.path.abspath(path), path) for path in files]
+    return complete_idx([File(fs.LocalFileSystem(), os.path.abspath(path), path) for path in files])
 
 
 def _find_remote_files(source: str) -> list[File]:
@@ -319,9 +318,9 @@ def _write_cached(path: Path, table: Table) -> None:
     content = pa.table({"image": images, "label": pa.array(table.labels)}).replace_schema_metadata(metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and moved, so that no reader ever sees half a file.
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as aside:
-        pq.write_table(content, aside, compression="none", use_dictionary=False, write_statistics=False)
-    os.replace(aside.name, path)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    pq.write_table(content, aside, compression="none", use_dictionary=False, write_statistics=False)
+    aside.replace(path)
 
 
 def _read_cached(path: Path) -> Table:

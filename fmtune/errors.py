@@ -6,7 +6,7 @@ FmtuneError
 │   ├── DataError         a table of images
 │   └── RunFolderError    a run folder that is missing, taken or incomplete
 └── RunFailed             the run started and could not finish      exit code 1
-    └── NonFiniteLoss     a training step whose loss is NaN or infinite
+    └── NonFiniteLoss     a loss that is NaN or infinite
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ class RunFailed(FmtuneError):
 
 
 class NonFiniteLoss(RunFailed):
-    """The training loss became NaN or infinite."""
+    """The training loss of a step, or the validation loss of an epoch, became NaN or infinite."""
 
-    def __init__(self, epoch: int, step: int, loss: float) -> None:
-        super().__init__(f"training loss became {loss} in epoch {epoch} at step {step}")
-        self.epoch, self.step, self.loss = epoch, step, loss
+    def __init__(self, part: str, epoch: int, step: int | None, loss: float) -> None:
+        place = "" if step is None else f" at step {step}"
+        super().__init__(f"{part} loss became {loss} in epoch {epoch}{place}")
+        self.part, self.epoch, self.step, self.loss = part, epoch, step, loss
 
-    def __reduce__(self) -> tuple[type[NonFiniteLoss], tuple[int, int, float]]:
+    def __reduce__(self) -> tuple[type[NonFiniteLoss], tuple[str, int, int | None, float]]:
         # Exceptions cross process borders pickled; the default would replay the message alone.
-        return type(self), (self.epoch, self.step, self.loss)
+        return type(self), (self.part, self.epoch, self.step, self.loss)

@@ -13,7 +13,7 @@ from fmtune.run import State, TrialRecord
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
 from fmtune.trial import Task
-from fmtune.tuner import STUDY, StudySearch, Until, create_scheduler, run_trials
+from fmtune.tuner import STUDY, StudySearch, Until, create_scheduler, run_trials, tell
 
 _BASELINE_SHARE = 0.25
 """Part of `search.time` that the baseline may take."""
@@ -44,7 +44,8 @@ class Exploration:
         self._restore(storage)
         earlier = [record for record in self._records.values() if record.state != "running"]
         interrupted = [record for record in self._records.values() if record.state == "running"]
-        searcher = StudySearch(context.space, storage, [context.task_of(record) for record in interrupted])
+        tasks = [context.task_of(record) for record in interrupted]
+        searcher = StudySearch(context.space, storage, len(self._records), tasks)
         remaining = context.space.trials - len(earlier)
         if remaining > 0 and not self._timing.search_is_over():
             run_trials(
@@ -53,14 +54,12 @@ class Exploration:
                 searcher,
                 remaining,
                 name=context.experiment_name("search"),
-                storage=context.storage,
+                storage=str(context.storage),
                 watcher=self,
                 until=Until(self._is_over, self._baseline_is_over),
                 scheduler=create_scheduler(context.space, earlier),
             )
         self._close_running(searcher.study)
-
-    # What Tune tells
 
     def on_start(self, task: Task) -> None:
         number = _number(task)
@@ -85,6 +84,8 @@ class Exploration:
         if record.cause:
             record.state = "failed"
             self._failures.append(record.cause)
+            if self._is_hopeless():
+                self._context.view.note(f"the last {_SAME_FAILURES} trials died of one cause; the search ends")
         else:
             self._failures.clear()
             record.state = "complete" if len(record.history) == record.config.epochs else "pruned"
@@ -93,8 +94,6 @@ class Exploration:
 
     def on_tick(self) -> None:
         self._timing.save_clock()
-
-    # Before and after
 
     def _restore(self, storage: optuna.storages.BaseStorage) -> None:
         """Enter the trials of earlier attempts into the board; interrupted ones are `running` there."""
@@ -112,7 +111,7 @@ class Exploration:
 
     def _restore_checkpoint(self, record: TrialRecord) -> None:
         """Find the trial's last checkpoint, and in it an epoch that was trained but not yet entered in the history."""
-        found = find_checkpoint(self._context.folder.ray, record.number)
+        found = find_checkpoint(self._context.storage, record.number)
         if found is None:
             return
         record.checkpoint, metrics = found
@@ -121,18 +120,23 @@ class Exploration:
             self._context.folder.append_history(record.number, metrics)
 
     def _restore_state(self, record: TrialRecord, trial: FrozenTrial, study: optuna.Study) -> None:
+        """Take the state from the study; one that was cut off after its last epoch, or set FAIL then, is complete."""
+        space = self._context.space
         record.state = _STATES[trial.state]
-        is_done = len(record.history) == record.config.epochs
-        if trial.user_attrs.get("baseline"):
-            record.state = "complete" if is_done else "pruned"
-        elif record.state == "running" and is_done:
-            study.tell(trial.number, record.history[-1].as_dict()[self._context.space.search.metric])
-            record.state = "complete"
+        value = self._context.board.value(record)
+        if len(record.history) < record.config.epochs or value is None:
+            return
+        if record.state == "running":
+            tell(space, study, record.number, value, is_done=True)
+        record.state = "complete"
 
     def _is_over(self) -> bool:
         """Whether the time is up, or trial after trial dies of one cause."""
+        return self._timing.search_is_over() or self._is_hopeless()
+
+    def _is_hopeless(self) -> bool:
         recent = self._failures[-_SAME_FAILURES:]
-        return self._timing.search_is_over() or (len(recent) == _SAME_FAILURES and len(set(recent)) == 1)
+        return len(recent) == _SAME_FAILURES and len(set(recent)) == 1
 
     def _baseline_is_over(self, task: Task, result: dict[str, float]) -> bool:
         """Whether the baseline's next epoch would take it over its share of the time."""

@@ -33,7 +33,7 @@ def _describe(space: Space, data: TrainingData, path: Path) -> list[tuple[str, s
         ("images", f"{height} x {width} x {channels}, {len(data.classes)} classes"),
     ]
     if not space.is_single:
-        lines.append(("trials", f"{search.trials}, by {search.sampler}, stopped early by {search.scheduler}"))
+        lines.append(("trials", f"{space.trials}, by {search.sampler}, stopped early by {search.scheduler}"))
         lines.append(("then", f"{search.finalists} finalists, refit: {'yes' if search.refit else 'no'}"))
         lines += [("searched", f"{key}: {searched.as_yaml()}") for key, searched in space.ranges.items()]
     lines.append(("time", format_seconds(search.time) if search.time else "no limit"))

@@ -8,6 +8,7 @@ import gzip
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -70,8 +71,8 @@ def read_files(files: Sequence[File], layout: Layout) -> Table:
     Raises:
         DataError: a file is of no known format, malformed, or of another shape than the first.
     """
-    if len(files) == 2 and all(_is_idx(file) for file in files):
-        images, labels = sorted(files, key=lambda file: "label" in PurePosixPath(file.path).name)
+    if len(files) == 2 and [("idx1" in file.path) for file in files] in ([False, True], [True, False]):
+        images, labels = sorted(files, key=lambda file: "idx1" in file.path)
         return _read_idx_pair(images, labels)
     tables = [_read_file(file, layout) for file in files]
     if len(tables) == 1:
@@ -94,6 +95,8 @@ def read_images(files: Sequence[File], layout: Layout) -> NDArray[np.uint8]:
     assert layout.shape is not None
     unlabelled = Layout(None, layout.shape)
     bare = (1, math.prod(layout.shape))
+    if any(_is_idx(file) for file in files):
+        return read_files(files, layout).images
     return np.concatenate(
         [_read_file(file, unlabelled if _count_columns(file) in bare else layout).images for file in files]
     )
@@ -101,28 +104,39 @@ def read_images(files: Sequence[File], layout: Layout) -> NDArray[np.uint8]:
 
 def _count_columns(file: File) -> int:
     name = PurePosixPath(file.path).name.lower()
-    if name.endswith((".csv", ".csv.gz")):
-        return _read_csv_header(file)[1]
-    if name.endswith((".parquet", ".pq")):
-        return len(pq.read_schema(file.path, filesystem=file.system))
-    return 2
+    with _readable(file):
+        if name.endswith((".csv", ".csv.gz")):
+            return _read_csv_header(file)[1]
+        if name.endswith((".parquet", ".pq")):
+            return len(pq.read_schema(file.path, filesystem=file.system))
+    return 0
+
+
+@contextmanager
+def _readable(file: File) -> Iterator[None]:
+    """What the file system and decompression raise, as one of fmtune's errors."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{file.place}: can't be read ({error})") from None
+
+
+def complete_idx(files: Sequence[File]) -> list[File]:
+    """The files, and beside a single IDX file of images that of its labels."""
+    is_images = len(files) == 1 and "images-idx3" in files[0].path
+    return [*files, _labels_beside(files[0])] if is_images else list(files)
 
 
 def _read_file(file: File, layout: Layout) -> Table:
     name = PurePosixPath(file.path).name.lower()
-    try:
+    with _readable(file):
         if name.endswith((".csv", ".csv.gz")):
             return _read_csv(file, layout)
         if name.endswith((".parquet", ".pq")):
             return _read_parquet(file, layout)
         if _is_idx(file):
             return _read_idx_pair(file, _labels_beside(file))
-    except OSError as error:
-        raise DataError(f"{file.place}: can't be read ({error})") from None
     raise DataError(f"{file.place}: format not known by its name; expected .csv, .csv.gz, .parquet or an IDX file")
-
-
-# CSV
 
 
 def _read_csv(file: File, layout: Layout) -> Table:
@@ -232,9 +246,6 @@ def _is_integer(value: str) -> bool:
     return re.fullmatch(r"\s*-?\d+\s*", value, re.ASCII) is not None
 
 
-# Parquet
-
-
 def _read_parquet(file: File, layout: Layout) -> Table:
     try:
         table = pq.read_table(file.path, filesystem=file.system)
@@ -303,9 +314,6 @@ def _shape_of_tensor(shape: tuple[int, ...], place: str) -> Shape:
     raise DataError(f"{place}: tensors of shape {shape}; expected (height, width) or (height, width, channels)")
 
 
-# IDX, the format of http://yann.lecun.com/exdb/mnist
-
-
 def _is_idx(file: File) -> bool:
     name = PurePosixPath(file.path).name
     return "idx1" in name or "idx3" in name
@@ -326,6 +334,7 @@ def _read_idx_pair(images: File, labels: File) -> Table:
 
 
 def _read_idx(file: File, dimensions: int) -> NDArray[np.uint8]:
+    """Unsigned bytes of a file in the format of http://yann.lecun.com/exdb/mnist."""
     try:
         with file.open() as stream:
             content = stream.read()
@@ -347,9 +356,6 @@ def write_idx(path: str, values: NDArray[np.uint8]) -> None:
     header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
     with gzip.GzipFile(path, "wb", mtime=0) as stream:
         stream.write(header + np.ascontiguousarray(values).tobytes())
-
-
-# Shapes
 
 
 def _infer_shape(pixels: int, place: str) -> Shape:

@@ -23,7 +23,7 @@ def create_schema() -> dict[str, Any]:
     properties: dict[str, Any] = {name: _inline(TypeAdapter(kind).json_schema()) for name, kind in SECTIONS.items()}
     properties["storage"] = {
         "type": ["string", "null"],
-        "description": "Where Tune keeps its folder; null: in the run's.",
+        "description": "Folder, shared by all nodes, for Tune's own files; null: in the run's.",
     }
     properties["baseline"] = {
         "anyOf": [{"enum": list(RECIPES)}, copy.deepcopy(trial)],

@@ -22,7 +22,7 @@ from fmtune.space import Space
 from fmtune.summary import conclude
 from fmtune.timing import Timing, read_clock, write_clock
 from fmtune.trial import SharedData
-from fmtune.tuner import count_slots, whole_machine
+from fmtune.tuner import check_room, count_slots, whole_machine
 from fmtune.view import Board, create_view
 
 SpaceSource = Space | str | Path | Mapping[str, Any]
@@ -66,7 +66,8 @@ def search(
         started: `time.monotonic()` from which `search.time` counts; now by default.
 
     Raises:
-        InputError: the space, the data or the run folder is not as it must be; nothing has been started.
+        InputError: the space, the data or the run folder is not as it must be, and nothing has been started; or the
+            test split can't be read at the end, and all else is written.
         RunFailed: no trial got as far as a result.
         Interrupted: Ctrl-C.
     """
@@ -149,15 +150,17 @@ def run_space(
             for line in weights:
                 view.note(line)
             with ray_session(space.resources, address):
+                check_room(space.resources, has_shared_storage=space.storage is not None)
                 if space.is_single and space.resources.cpus is None and address is None:
                     space = replace(space, resources=whole_machine(space.resources))
                 context = RunContext(space, data, SharedData.of(data), folder, board, view)
                 timing = Timing(space, folder, board, _rows_ratio(data), lambda: count_slots(space.resources))
                 choice = _choose(context, timing, address is None)
             board.phase = "measuring on the test split"
-            result = RunResult(folder, conclude(context, choice))
-            write_report(folder)
-            return result
+            try:
+                return RunResult(folder, conclude(context, choice))
+            finally:
+                write_report(folder)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {folder.path} keeps what is done") from None
     finally:
@@ -171,19 +174,24 @@ def _check_folder(path: Path, space: Space, resume: bool) -> None:
     if not resume:
         raise RunFolderError(f"{path}: the run folder exists; go on with --resume, or choose another --name")
     earlier = Space.load(RunFolder.open(path).space)
-    for part in ("data", "fixed", "ranges"):
+    if earlier.search.metric != space.search.metric:
+        raise RunFolderError(f"{path}: --resume with another search.metric; its space.yaml has {earlier.search.metric}")
+    for part, name in (("data", "data"), ("baseline", "baseline"), ("fixed", "trial"), ("ranges", "trial")):
         if getattr(earlier, part) != getattr(space, part):
             raise RunFolderError(
-                f"{path}: --resume with other {'data' if part == 'data' else 'trials'} than in its space.yaml; only "
-                "search, resources and storage may change"
+                f"{path}: --resume with another `{name}` than in its space.yaml; only search, resources and storage "
+                "may change"
             )
 
 
 def _check_channels(space: Space, data: TrainingData) -> None:
     channels = data.image_shape[0]
     for config in space.samples():
-        if config.model.channels == 1 and channels != 1:
-            raise SpaceError(f"trial.model.channels: 1; the images have {channels}; leave it null, or set {channels}")
+        if channels != 1 and config.model.channels not in (None, channels):
+            raise SpaceError(
+                f"trial.model.channels: {config.model.channels}; the images have {channels}, and only grey ones can be "
+                "repeated; leave it null"
+            )
 
 
 def _try_weights(space: Space, data: TrainingData) -> list[str]:
@@ -211,7 +219,8 @@ def _choose(context: RunContext, timing: Timing, is_local: bool) -> Choice:
         raise RunFailed(
             f"none of {len(records)} trials came to a result",
             *(f"cause: {cause}" for cause in causes),
-            f"what Ray said is in {context.folder.log}",
+            f"what Ray said is in {context.folder.log}, and what the trials' processes said in Ray's session folder; "
+            "mend the cause, and go on with --resume or another --name",
         )
     return Chooser(context, timing, is_local).choose()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-# Read by Ray when it is imported or started. Tune's own handler of Ctrl-C writes a snapshot that fmtune has no use for
+# Read by Ray when it is started, or a Tuner. Tune's own handler of Ctrl-C writes a snapshot that fmtune has no use for
 # and takes long; a plain KeyboardInterrupt ends the run in seconds.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
@@ -65,6 +65,7 @@ def ray_session(resources: ResourcesConfig, address: str | None) -> Iterator[Non
         if address is None:
             # Ray Train asks the state API, a part of the dashboard, to clean up after workers that were stopped.
             ray.init(
+                address="local",
                 include_dashboard=resources.workers > 1,
                 dashboard_host="127.0.0.1",
                 log_to_driver=False,
@@ -72,8 +73,9 @@ def ray_session(resources: ResourcesConfig, address: str | None) -> Iterator[Non
             )
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, TimeoutError) as error:
-        raise RunFailed(f"Ray at {address}: {error}; is the cluster up?") from None
+    except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+        place = f"no Ray cluster at {address}" if address else "Ray can't be started here"
+        raise RunFailed(f"{place}: {error}") from None
     try:
         yield
     finally:

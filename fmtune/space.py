@@ -59,6 +59,7 @@ class Space:
             document.override(override)
         if data is not None:
             document.replace("data.train", data, f"--data {data}")
+        _make_weights_absolute(document.content)
         reader = SpaceReader(document)
         sections = reader.read()
         space = cls(
@@ -67,7 +68,7 @@ class Space:
             resources=sections.resources,
             storage=sections.storage,
             baseline=_create_baseline(sections.baseline, sections.fixed, sections.ranges),
-            fixed=_with_absolute_weights(sections.fixed),
+            fixed=sections.fixed,
             ranges=_order_by_conditions(sections.ranges),
         )
         space._check_samples(document)
@@ -177,12 +178,20 @@ def _create_baseline(
     return RECIPES[baseline].model_copy(update={"epochs": epochs})
 
 
-def _with_absolute_weights(fixed: Mapping[str, Scalar]) -> Mapping[str, Scalar]:
-    """A path of weights made absolute: trials run in folders of their own."""
-    weights = fixed.get("model.pretrained")
-    if not isinstance(weights, str) or weights == "imagenet":
-        return fixed
-    return {**fixed, "model.pretrained": str(Path(weights).resolve())}
+def _make_weights_absolute(content: Any) -> None:
+    """Make paths of starting weights absolute, wherever the file has them: trials run in folders of their own."""
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if key == "pretrained":
+            is_choice = isinstance(value, dict) and isinstance(value.get("choice"), list)
+            content[key] = {**value, "choice": list(map(_absolute, value["choice"]))} if is_choice else _absolute(value)
+        else:
+            _make_weights_absolute(value)
+
+
+def _absolute(weights: Any) -> Any:
+    return str(Path(weights).resolve()) if isinstance(weights, str) and weights != "imagenet" else weights
 
 
 def _order_by_conditions(ranges: Mapping[str, Range]) -> dict[str, Range]:

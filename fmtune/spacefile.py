@@ -47,7 +47,7 @@ class Document:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise SpaceError(f"{path}: no such file; fmtune ships search_spaces/default.yaml") from None
+            raise SpaceError(f"{path}: no such file; expected a search space in YAML") from None
         except (OSError, UnicodeDecodeError) as error:
             raise SpaceError(f"{path}: can't be read as text ({error})") from None
         try:
@@ -157,8 +157,10 @@ class SpaceReader:
             return None
 
     def _read_storage(self, storage: Any) -> str | None:
-        if storage is not None and not isinstance(storage, str):
-            self._add("storage", f"{storage!r}; expected null, a path, or a URL such as s3://bucket/prefix")
+        if storage is None:
+            return None
+        if not isinstance(storage, str) or "://" in storage:
+            self._add("storage", f"{storage!r}; expected null, or the path of a folder that all nodes share")
             return None
         return storage
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
 from fmtune.checkpoint import TrainedModel, save_model, write_json
-from fmtune.choice import Choice, load_trial_model
+from fmtune.choice import Choice, load_trial_model, mean_of
 from fmtune.context import RunContext
 from fmtune.data import has_test_split, load_test_split
 from fmtune.errors import DataError
 from fmtune.predict import Measured, evaluate_model, wilson_interval
 from fmtune.run import RunFolder, TrialRecord
-from fmtune.training import Evaluation
+from fmtune.training import EpochMetrics, Evaluation
 from fmtune.view import describe_values, format_seconds
 
 
@@ -55,8 +55,7 @@ def _summarise(context: RunContext, choice: Choice) -> dict[str, Any]:
     """All of summary.json that can be said without the test split."""
     board, data = context.board, context.data
     records = board.records.values()
-    last = choice.winner.last
-    is_accuracy = board.metric == "val_accuracy"
+    reached = choice.finalists.get(choice.winner.number) or choice.winner.history[-1:]
     return {
         "dataset": {
             "source": data.loaded.source,
@@ -70,7 +69,8 @@ def _summarise(context: RunContext, choice: Choice) -> dict[str, Any]:
         "trials": {state: board.count(state) for state in ("complete", "pruned", "failed")},
         "best_trial": choice.winner.number,
         "params": choice.winner.params,
-        "val_accuracy": choice.value if is_accuracy else last and last.val_accuracy,
+        "val_accuracy": mean_of(reached, "val_accuracy"),
+        "val_loss": mean_of(reached, "val_loss"),
         "test_accuracy": None,
         "test_interval": None,
         "test_loss": None,
@@ -78,16 +78,22 @@ def _summarise(context: RunContext, choice: Choice) -> dict[str, Any]:
         "seconds": round(board.elapsed, 1),
         "images_trained": choice.images_trained
         + sum(context.images_trained(record.config, len(record.history)) for record in records),
-        "finalists": [
-            {"trial": number, "mean": fmean(values), "values": list(values)}
-            for number, values in choice.finalists.items()
-        ],
+        "finalists": [_describe_finalist(number, results) for number, results in choice.finalists.items()],
         "refit": choice.is_refit,
         "failures": [
             {"trial": record.number, "cause": record.cause, "config": record.config.model_dump(mode="json")}
             for record in records
             if record.state == "failed"
         ],
+    }
+
+
+def _describe_finalist(number: int, results: Sequence[EpochMetrics]) -> dict[str, Any]:
+    return {
+        "trial": number,
+        "val_accuracy": mean_of(results, "val_accuracy"),
+        "val_loss": mean_of(results, "val_loss"),
+        "seeds": [{"val_accuracy": result.val_accuracy, "val_loss": result.val_loss} for result in results],
     }
 
 
@@ -147,7 +153,7 @@ def print_summary(console: Console, folder: RunFolder, summary: dict[str, Any]) 
 def _describe_finalists(finalists: list[dict[str, Any]]) -> str:
     if not finalists:
         return ""
-    seeds = max(len(finalist["values"]) for finalist in finalists)
+    seeds = len(finalists[0]["seeds"])
     return f"  (best mean of {len(finalists)} finalists over {seeds} fresh seed{'s' if seeds > 1 else ''})"
 
 

@@ -45,7 +45,11 @@ class Timing:
         """Whether the time left is needed for finalists, refit and closing."""
         if self._board.left is None or self._search.time is None:
             return False
-        refit = self.refit_seconds(self._leaders()[:1])
+        leaders = self._leaders()
+        if not leaders:
+            # Without a trial to choose there is nothing to set time aside for.
+            return self._board.left <= 0
+        refit = self.refit_seconds(leaders[:1])
         # What would take too much of the time is left out: the search itself finds more.
         reserves = (refit + self._finalists_seconds(), refit, 0.0)
         reserve = next(seconds for seconds in reserves if seconds <= _ENDING_SHARE * self._search.time)
@@ -75,8 +79,9 @@ class Timing:
             self._saved = time.monotonic()
 
     def _leaders(self) -> list[TrialRecord]:
-        """The trials that would be finalists now, the slower of equals being unknown."""
-        measured = [r for r in self._board.records.values() if r.number and self._board.value(r) is not None]
+        """The trials that lead now; those of them that get to their end will be the finalists."""
+        records = list(self._board.records.values())
+        measured = [r for r in records if r.state != "failed" and self._board.value(r) is not None]
         measured.sort(key=lambda r: self._board.value(r) or 0.0, reverse=self._board.larger)
         return measured[: max(1, self._search.finalists)]
 

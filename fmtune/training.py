@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -123,7 +124,7 @@ def fit(
         resume_from: a `TrainingState.state_dict()`.
 
     Raises:
-        NonFiniteLoss: the training loss became NaN or infinite.
+        NonFiniteLoss: the training or validation loss became NaN or infinite.
     """
     steps = train.steps(config.batch_size, config.drop_last)
     precision = select_precision(config.precision, train.device)
@@ -138,7 +139,7 @@ def fit(
         learning_rate = optimization.learning_rate
         train_loss = _train_epoch(network, state, preprocess, train, config, precision, seed)
         trained = time.perf_counter()
-        result = None if validation is None else evaluate(network, preprocess, validation, precision)
+        result = None if validation is None else _validate(state, preprocess, validation, precision)
         state.seconds += time.perf_counter() - started
         images = count_trained(len(train), config.batch_size, config.drop_last)
         report(
@@ -153,6 +154,22 @@ def fit(
             ),
             state,
         )
+
+
+def _validate(state: TrainingState, preprocess: Preprocess, validation: Batches, precision: Precision) -> Evaluation:
+    """Evaluate the network, the same one on all workers.
+
+    Raises:
+        NonFiniteLoss: a prediction is NaN or infinite.
+    """
+    if dist.is_initialized():
+        # Each worker's batch norms have seen rows of its own; rank 0's statistics are the ones that are saved.
+        for buffer in state.network.buffers():
+            dist.broadcast(buffer, src=0)
+    result = evaluate(state.network, preprocess, validation, precision)
+    if not math.isfinite(result.loss):
+        raise NonFiniteLoss("validation", state.epoch, None, result.loss)
+    return result
 
 
 def _train_epoch(
@@ -206,7 +223,7 @@ def _check_finite(losses: Tensor, epoch: int) -> None:
     finite = losses.isfinite()
     if not bool(finite.all()):
         step = int((~finite).nonzero()[0])
-        raise NonFiniteLoss(epoch, step + 1, float(losses[step]))
+        raise NonFiniteLoss("training", epoch, step + 1, float(losses[step]))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +28,9 @@ from fmtune.config import ResourcesConfig, TrialConfig
 from fmtune.data import TrainingData, to_arrow, weights_folder
 from fmtune.model import Pixels, create_model
 from fmtune.pretrained import load_pretrained
-from fmtune.training import EpochMetrics, TrainingState, fit
+from fmtune.training import EpochMetrics, Report, TrainingState, fit
 
-_SYNCHRONISATION_RETRIES = 3
+_WORKER_DEATHS = 3
 """Deaths of workers after which a DDP trial is given up."""
 
 
@@ -111,7 +112,8 @@ def run_trial(config: dict[str, Any], *, data: SharedData, resources: ResourcesC
         _run_distributed(task, data, resources)
         return
     _set_threads(resources)
-    _train(task, data, rank=0, workers=1, report=_report_to_tune)
+    device = torch.device("cuda" if resources.gpus else "cpu")
+    _train(task, data, device, rank=0, workers=1, report=_report_to_tune)
 
 
 def _run_distributed(task: Task, data: SharedData, resources: ResourcesConfig) -> None:
@@ -126,13 +128,15 @@ def _run_distributed(task: Task, data: SharedData, resources: ResourcesConfig) -
             resources_per_worker=worker_resources(resources),
         ),
         run_config=ray.train.RunConfig(
-            name=f"workers-{task.name}",
-            storage_path=storage.storage_fs_path,
+            # Within the trial's own folder, which no other attempt at the task shares.
+            name="workers",
+            storage_path=storage.trial_fs_path,
             storage_filesystem=storage.storage_filesystem,
             # Ray types the list by the callbacks of Train V1.
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            failure_config=ray.train.FailureConfig(max_failures=_SYNCHRONISATION_RETRIES),
+            # Tune hears of a checkpoint a report later than Train, and may end the trial on the one before.
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(max_failures=_WORKER_DEATHS),
         ),
     )
     trainer.fit()
@@ -142,27 +146,24 @@ def _run_worker(config: dict[str, Any]) -> None:
     """The loop of one DDP worker."""
     task: Task = config["task"]
     _set_threads(config["resources"])
-    context = ray.train.get_context()
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            _train(
-                replace(task, resume_from=folder),
-                config["data"],
-                context.get_world_rank(),
-                context.get_world_size(),
-                _report_to_train,
-            )
-        return
-    _train(task, config["data"], context.get_world_rank(), context.get_world_size(), _report_to_train)
+    context, checkpoint = ray.train.get_context(), ray.train.get_checkpoint()
+    with checkpoint.as_directory() if checkpoint is not None else nullcontext(task.resume_from) as folder:
+        _train(
+            replace(task, resume_from=folder),
+            config["data"],
+            ray.train.torch.get_device(),
+            context.get_world_rank(),
+            context.get_world_size(),
+            _report_to_train,
+        )
 
 
-def _train(task: Task, shared: SharedData, rank: int, workers: int, report: Any) -> None:
-    config, device = task.config, ray.train.torch.get_device() if workers > 1 else _select_device()
+def _train(task: Task, shared: SharedData, device: torch.device, rank: int, workers: int, report: Report) -> None:
+    config = task.config
     images, labels = tensors_on_device(shared, device)
     rows = np.union1d(shared.train_rows, shared.validation_rows) if task.rows == "all" else shared.train_rows
-    train = Batches(images, labels, torch.from_numpy(rows).to(device), rank, workers)
-    validation = replace(train, rows=torch.from_numpy(shared.validation_rows).to(device))
+    train = Batches(images, labels, torch.tensor(rows, device=device), rank, workers)
+    validation = replace(train, rows=torch.tensor(shared.validation_rows, device=device))
     torch.manual_seed(task.seed)
     network = create_model(config.model, shared.pixels.channels, shared.classes)
     if config.model.pretrained is not None and task.resume_from is None:
@@ -198,10 +199,6 @@ def _report_to_train(metrics: EpochMetrics, state: TrainingState) -> None:
 def _set_threads(resources: ResourcesConfig) -> None:
     """Torch's threads as this worker's share of the machine."""
     torch.set_num_threads(max(1, math.floor(resources.cpus or 1)))
-
-
-def _select_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 _held: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}

@@ -19,6 +19,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from fmtune.config import ResourcesConfig, Scalar
+from fmtune.errors import InputError
 from fmtune.run import TrialRecord
 from fmtune.space import Space
 from fmtune.training import EpochMetrics
@@ -26,6 +27,8 @@ from fmtune.trial import SharedData, Task, create_task, derive_seed, run_trial, 
 
 STUDY = "fmtune"
 """Name of the Optuna study in study.db."""
+_SAMPLER = 1_000_000_000
+"""Stands for the sampler where trials have their number, in the derivation of seeds."""
 _STARTUP_TRIALS = 8
 """Random trials before TPE models what it has seen."""
 _REDUCTION = 3
@@ -63,18 +66,21 @@ class StudySearch(_NotStored, OptunaSearch):
     Gaussian process search the parameters that all finished trials have in common, so theirs is set FAIL.
     """
 
-    def __init__(self, space: Space, storage: optuna.storages.BaseStorage, interrupted: Sequence[Task]) -> None:
+    def __init__(
+        self, space: Space, storage: optuna.storages.BaseStorage, started: int, interrupted: Sequence[Task]
+    ) -> None:
         super().__init__(
             space=space.suggest,
             metric=space.search.metric,
             mode=space.search.mode,
-            sampler=create_sampler(space),
+            sampler=create_sampler(space, started),
             storage=storage,
             study_name=STUDY,
         )
         self._searched = space
         self._interrupted = list(interrupted)
         self._tasks: dict[str, Task] = {}
+        self._reported: dict[str, int] = {}
 
     @property
     def study(self) -> optuna.Study:
@@ -95,31 +101,44 @@ class StudySearch(_NotStored, OptunaSearch):
 
     def _create_task(self, asked: optuna.Trial) -> Task:
         space = self._searched
+        if asked.number == 0:
+            asked.set_user_attr("baseline", True)
         config = space.baseline if asked.number == 0 else space.trial_config(space.suggest(asked))
         return create_task(space.search.seed, asked.number, config)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
+        self._report(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         task, asked = self._tasks[trial_id], self._ot_trials[trial_id]
-        states = optuna.trial.TrialState
-        if task.number == 0:
-            asked.set_user_attr("baseline", True)
         if error or not result or self.metric not in result:
-            self.study.tell(asked, state=states.FAIL)
-        elif result["epoch"] < task.config.epochs:
-            self.study.tell(asked, state=states.PRUNED)
-        elif task.number == 0 and self._searched.search.sampler in ("cmaes", "gp"):
-            self.study.tell(asked, state=states.FAIL)
-        else:
-            self.study.tell(asked, result[self.metric])
+            self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+            return
+        # Tune keeps the result that a trial is stopped at from `on_trial_result`.
+        self._report(trial_id, result)
+        tell(self._searched, self.study, asked.number, result[self.metric], result["epoch"] == task.config.epochs)
+
+    def _report(self, trial_id: str, result: dict[str, Any]) -> None:
+        if self._reported.get(trial_id) != result["epoch"]:
+            self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
+            self._reported[trial_id] = result["epoch"]
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a run is resumed from its study and its history, not from pickled objects."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a run is resumed from its study and its history")
+
+
+def tell(space: Space, study: optuna.Study, number: int, value: float, is_done: bool) -> None:
+    """End a trial of the study that came to `value`, in its last epoch if `is_done`."""
+    states = optuna.trial.TrialState
+    if not is_done:
+        study.tell(number, state=states.PRUNED)
+    elif number == 0 and space.search.sampler in ("cmaes", "gp"):
+        study.tell(number, state=states.FAIL)
+    else:
+        study.tell(number, value)
 
 
 class TaskList(_NotStored, Searcher):
@@ -143,9 +162,10 @@ class TaskList(_NotStored, Searcher):
         raise NotImplementedError("a list of tasks is made anew")
 
 
-def create_sampler(space: Space) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler by the name in `search.sampler`."""
-    seed = derive_seed(space.search.seed)
+def create_sampler(space: Space, started: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler by the name in `search.sampler`, for a study in which so many trials have been started."""
+    # A search that goes on must not draw again what it has drawn.
+    seed = derive_seed(space.search.seed, _SAMPLER, started)
     match space.search.sampler:
         case "tpe":
             return optuna.samplers.TPESampler(
@@ -191,6 +211,10 @@ class _SparesBaseline(_NotStored, TrialScheduler):
             return str(TrialScheduler.CONTINUE)
         return str(super().on_trial_result(tune_controller, trial, result))
 
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        if trial.config["number"] != 0:
+            super().on_trial_complete(tune_controller, trial, result)
+
 
 class Asha(_SparesBaseline, ASHAScheduler):
     """Asynchronous successive halving on epochs (Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
@@ -209,6 +233,10 @@ class Asha(_SparesBaseline, ASHAScheduler):
 
 class MedianRule(_SparesBaseline, MedianStoppingRule):
     """Stops trials below the median of the others' running averages (Golovin et al., 2017, Google Vizier)."""
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Trial, time: float) -> str:
+        # Ray pauses such a trial for another's sake, and its function would begin from its first epoch again.
+        return str(TrialScheduler.CONTINUE)
 
 
 def create_scheduler(space: Space, earlier: Sequence[TrialRecord]) -> TrialScheduler:
@@ -335,6 +363,23 @@ def run_trials(
     tuner.fit()
 
 
+def check_room(resources: ResourcesConfig, has_shared_storage: bool) -> None:
+    """Find out before the first trial that none could run.
+
+    Raises:
+        InputError: a trial wants more than a single machine has, or several nodes have no folder in common.
+    """
+    if len(ray.nodes()) > 1:
+        if not has_shared_storage:
+            raise InputError("storage: null; several nodes need the path of a folder that all of them share")
+        return
+    available: dict[str, float] = ray.cluster_resources()
+    for name, amount in worker_resources(resources).items():
+        wanted, there = amount * resources.workers, available.get(name, 0)
+        if wanted > there:
+            raise InputError(f"resources: a trial wants {wanted:g} {name}, and this machine has {there:g}")
+
+
 def count_slots(resources: ResourcesConfig) -> int:
     """Trials that fit side by side on what the cluster has now; one at least."""
     available: dict[str, float] = ray.cluster_resources()
@@ -343,7 +388,9 @@ def count_slots(resources: ResourcesConfig) -> int:
 
 
 def whole_machine(resources: ResourcesConfig) -> ResourcesConfig:
-    """The same workers with all CPUs of the cluster shared out among them."""
+    """The same workers with all CPUs of the machine shared out among them; as given on a cluster of several."""
+    if len(ray.nodes()) > 1:
+        return resources
     cpus = ray.cluster_resources()["CPU"] / resources.workers
     return resources.model_copy(update={"cpus": cpus})
 
@@ -354,7 +401,7 @@ def find_cause(trial: Trial) -> str:
     if not error_file or not Path(error_file).exists():
         return "the trial's process ended without a message"
     lines = Path(error_file).read_text(encoding="utf-8").splitlines()
-    return next((line for line in reversed(lines) if line.strip() and not line.startswith(" ")), lines[-1])
+    return next((line for line in reversed(lines) if line.strip() and not line.startswith(" ")), "no message")
 
 
 def _number(task: Task) -> int:

@@ -32,7 +32,7 @@ class Board:
         metric: what decides, and whether `larger` is better.
         started: `time.monotonic()` of the command's start, less the time of earlier attempts.
         deadline: `time.monotonic()` by which it must end, None without a limit.
-        baseline: the record of trial 0 in a search, None in a single training.
+        has_baseline: whether trial 0 is one.
     """
 
     title: str
@@ -53,7 +53,11 @@ class Board:
     @property
     def best(self) -> TrialRecord | None:
         """The leader so far."""
-        measured = [(value, -r.number, r) for r in self.records.values() if (value := self.value(r)) is not None]
+        measured = [
+            (value, -r.number, r)
+            for r in list(self.records.values())
+            if r.state != "failed" and (value := self.value(r)) is not None
+        ]
         if not measured:
             return None
         if not self.larger:
@@ -61,7 +65,7 @@ class Board:
         return max(measured)[2]
 
     def count(self, state: str) -> int:
-        return sum(record.state == state for record in self.records.values())
+        return sum(record.state == state for record in list(self.records.values()))
 
     @property
     def elapsed(self) -> float:
@@ -128,7 +132,12 @@ class _LiveView:
     def __init__(self, board: Board, console: Console) -> None:
         self._board, self._console = board, console
         self._live = Live(
-            console=console, get_renderable=self._draw, refresh_per_second=1 / _REFRESH_SECONDS, transient=True
+            console=console,
+            get_renderable=self._draw,
+            refresh_per_second=1 / _REFRESH_SECONDS,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
 
     def __enter__(self) -> Self:
@@ -183,7 +192,7 @@ class _LiveView:
 
     def _draw_running(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
-        running = [record for record in self._board.records.values() if record.state == "running"]
+        running = [record for record in list(self._board.records.values()) if record.state == "running"]
         for record in running[:_SHOWN_RUNNING]:
             rate = f"{record.last.images_per_second:,.0f} images/s" if record.last else ""
             progress = f"epoch {len(record.history)} of {record.config.epochs}"

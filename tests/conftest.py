@@ -21,7 +21,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """Two CPUs for all tests that search; Ray takes seconds to start."""
+    """A Ray of this machine for all tests that search: it takes seconds to start."""
     import ray
 
     from fmtune.config import ResourcesConfig

@@ -142,7 +142,14 @@ def _summarise(records: list[TrialRecord], best: TrialRecord, test: bool) -> dic
         "baseline": {"val_accuracy": 0.7429, "test_accuracy": 0.7912 if test else None, "epochs": 6, "of_epochs": 6},
         "seconds": 605.0,
         "images_trained": 1234567,
-        "finalists": [{"trial": best.number, "mean": 0.8473, "values": [0.84, 0.8546]}],
+        "finalists": [
+            {
+                "trial": best.number,
+                "val_accuracy": 0.8473,
+                "val_loss": 0.45,
+                "seeds": [{"val_accuracy": 0.84, "val_loss": 0.4}, {"val_accuracy": 0.8546, "val_loss": 0.5}],
+            }
+        ],
         "refit": True,
         "failures": [{"trial": r.number, "cause": HOSTILE, "config": {}} for r in records if r.state == "failed"],
     }

@@ -6,14 +6,17 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+import torch
 from tables import sample_rows, write_csv
 
 import fmtune.summary
 from fmtune import evaluate, load, search, train
 from fmtune.data import measure_pixels
-from fmtune.errors import RunFailed, RunFolderError, SpaceError
+from fmtune.errors import InputError, RunFailed, RunFolderError, SpaceError
+from fmtune.readers import Table
 from fmtune.run import RunFolder
 from fmtune.search import RunResult
 
@@ -128,10 +131,11 @@ def test_trials_study_and_history_agree(result: RunResult) -> None:
 def test_the_winner_is_the_finalist_with_the_best_mean(result: RunResult) -> None:
     finalists = result.summary["finalists"]
     assert len(finalists) == 2
-    assert all(len(finalist["values"]) == 3 for finalist in finalists)
-    best = max(finalists, key=lambda finalist: finalist["mean"])
+    assert all(len(finalist["seeds"]) == 3 for finalist in finalists)
+    means = [sum(seed["val_accuracy"] for seed in finalist["seeds"]) / 3 for finalist in finalists]
+    best = finalists[means.index(max(means))]
     assert result.summary["best_trial"] == best["trial"]
-    assert result.summary["val_accuracy"] == pytest.approx(sum(best["values"]) / 3)
+    assert result.summary["val_accuracy"] == pytest.approx(max(means))
 
 
 def test_the_refit_has_seen_all_rows(result: RunResult) -> None:
@@ -151,7 +155,7 @@ def test_a_taken_folder_is_refused_and_left_alone(result: RunResult, source: Pat
 
 def test_resuming_with_other_trials_is_refused(result: RunResult, source: Path) -> None:
     space = _space(source, data={"test": "x"})
-    with pytest.raises(RunFolderError, match=r"--resume with other data"):
+    with pytest.raises(RunFolderError, match=r"--resume with another `data`"):
         search(space, name="four", runs=result.folder.path.parent, resume=True)
 
 
@@ -166,7 +170,10 @@ def test_more_trials_extend_a_finished_search(
     assert after.startswith(before)
     assert len(after.splitlines()) == len(before.splitlines()) + 2 * 3
     assert extended.summary["trials"] == {"complete": 6, "pruned": 0, "failed": 0}
-    assert [trial.number for trial in _study(extended.folder).trials] == list(range(6))
+    trials = _study(extended.folder).trials
+    assert [trial.number for trial in trials] == list(range(6))
+    # None is drawn a second time.
+    assert len({trial.params["optim.lr"] for trial in trials[1:]}) == 5
 
 
 def test_asha_stops_trials_early(ray_cluster: None, source: Path, tmp_path: Path) -> None:
@@ -187,7 +194,7 @@ def test_asha_stops_trials_early(ray_cluster: None, source: Path, tmp_path: Path
 def test_a_failing_trial_is_recorded_with_its_cause_and_the_search_goes_on(
     ray_cluster: None, source: Path, tmp_path: Path
 ) -> None:
-    """SGD without batch norm's help overflows at a learning rate of 1e30."""
+    """A learning rate of 1e30 overflows in the first steps."""
     space = _space(
         source,
         search={"trials": 60, "sampler": "grid", "finalists": 0, "refit": False},
@@ -261,3 +268,59 @@ def test_two_workers_train_one_model_by_ddp(
     assert found.summary["trials"] == {"complete": 1, "pruned": 0, "failed": 0}
     assert [epoch.epoch for epoch in found.folder.read_history()[0]] == [1, 2, 3]
     assert evaluate(found.folder.path, str(test_source)).evaluation.accuracy == found.summary["test_accuracy"] > 0.2
+
+
+@pytest.mark.parametrize("sampler", ["random", "cmaes", "gp"])
+def test_every_sampler_searches_on_loss_with_the_median_rule(
+    sampler: str, ray_cluster: None, source: Path, tmp_path: Path
+) -> None:
+    """The lowest loss wins, no trial is left running, and none is restarted: its epochs are told once."""
+    changes = {"trials": 5, "sampler": sampler, "metric": "val_loss", "scheduler": "median", "finalists": 0}
+    found = search(_space(source, search=changes | {"refit": False}), name=sampler, runs=tmp_path)
+    with found.folder.trials.open() as file:
+        trials = list(csv.DictReader(file))
+    complete = [float(row["val_loss"]) for row in trials if row["state"] == "complete"]
+    assert found.summary["val_loss"] == min(complete)
+    rows = found.folder.history.read_text().splitlines()[1:]
+    assert len(rows) == sum(map(len, found.folder.read_history().values()))
+    assert not [trial for trial in _study(found.folder).trials if not trial.state.is_finished()]
+
+
+def test_colour_images_are_searched_and_predicted(ray_cluster: None, tmp_path: Path) -> None:
+    """Red and blue squares, with the shape of a row given; no more than three epochs tell them apart."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 2
+    images = rng.integers(0, 60, (120, 8, 8, 3), dtype=np.uint8)
+    images[labels == 0, :, :, 0] += 150
+    images[labels == 1, :, :, 2] += 150
+    source = write_csv(tmp_path / "colour.csv", Table(images.reshape(120, 1, 1, -1), labels))
+    data = {"train": str(source), "test": str(source), "shape": [8, 8, 3], "validation": 0.2}
+    space = _space(source, data=data, search={"trials": 2, "finalists": 0})
+    found = search(space, name="colour", runs=tmp_path)
+    assert found.summary["dataset"]["shape"] == [3, 8, 8]
+    assert found.summary["test_accuracy"] > 0.9
+    assert evaluate(found.folder.path, str(source)).evaluation.accuracy == found.summary["test_accuracy"]
+
+
+def test_the_time_bounds_the_run(ray_cluster: None, source: Path, tmp_path: Path) -> None:
+    """Of 10,000 trials as many are started as the time allows; it is this property, not a duration, that is tested."""
+    found = search(_space(source, search={"trials": 10_000, "time": 30.0}), name="brief", runs=tmp_path)
+    assert 1 < sum(found.summary["trials"].values()) < 10_000
+    assert "running" not in found.folder.trials.read_text()
+
+
+def test_what_no_trial_could_have_is_refused(ray_cluster: None, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"resources: a trial wants 4096 CPU, and this machine has"):
+        search(_space(source, resources={"cpus": 4096}), name="big", runs=tmp_path)
+
+
+def test_a_training_starts_from_weights_with_stages_frozen(
+    ray_cluster: None, result: RunResult, source: Path, tmp_path: Path
+) -> None:
+    """With the head alone in training, all else is bit for bit what the earlier run ended with."""
+    model = TINY["model"] | {"pretrained": str(result.folder.path), "freeze": 5}
+    space = {"data": {"train": str(source), "validation": 0.2}, "trial": TINY | {"model": model}}
+    found = train(space, name="frozen", runs=tmp_path)
+    before, after = (load(run.folder.path).network.state_dict() for run in (result, found))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"fc.weight", "fc.bias"}

@@ -308,7 +308,7 @@ def test_a_long_epoch_is_given_up_before_its_end() -> None:
 
 
 def test_non_finite_loss_survives_pickling() -> None:
-    error = pickle.loads(pickle.dumps(NonFiniteLoss(3, 7, float("inf"))))
+    error = pickle.loads(pickle.dumps(NonFiniteLoss("training", 3, 7, float("inf"))))
     assert isinstance(error, NonFiniteLoss)
     assert (error.epoch, error.step, error.loss) == (3, 7, float("inf"))
     assert error.lines == ("training loss became inf in epoch 3 at step 7",)

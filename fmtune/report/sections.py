@@ -132,7 +132,7 @@ def _found(run: Run) -> list[Html]:
         parts.append(table(f"Parameters of trial {run.best.number}, the best", ["parameter", "best", "baseline"], rows))
     if run.summary["finalists"]:
         rows = [
-            [f"trial {f['trial']}", decimal(f["mean"]), ", ".join(map(decimal, f["values"]))]
+            [f"trial {f['trial']}", decimal(f[run.metric]), ", ".join(decimal(seed[run.metric]) for seed in f["seeds"])]
             for f in run.summary["finalists"]
         ]
         caption = f"Finalists, trained anew with fresh seeds; the best mean {run.metric} was chosen"

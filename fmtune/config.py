@@ -58,7 +58,14 @@ class Config(BaseModel):
     """Base of the configuration classes."""
 
     model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        # `try` is no name in Python.
+        validate_by_name=True,
+        serialize_by_alias=True,
     )
 
 
@@ -95,6 +102,8 @@ class SearchConfig(Config):
     """Which trials are stopped before their last epoch."""
     finalists: NonNegativeInt = 3
     """Leaders retrained to the end with fresh seeds before one is chosen; 0 and 1 take the leader as it is."""
+    tries: Annotated[tuple[dict[str, Any], ...], Field(alias="try", strict=False)] = ()
+    """Values of ranges to start with, each entry like `trial`; what an entry leaves out is drawn."""
     refit: bool = True
     """Whether the winner is trained once more on the training and validation rows together."""
     seed: NonNegativeInt = 0

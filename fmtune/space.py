@@ -17,7 +17,7 @@ from fmtune.config import DataConfig, ResourcesConfig, Scalar, SearchConfig, Tri
 from fmtune.errors import SpaceError
 from fmtune.ranges import Range, Suggests
 from fmtune.recipes import RECIPES
-from fmtune.spacefile import Document, SpaceReader
+from fmtune.spacefile import Document, SpaceReader, leaves
 
 _SAMPLES = 64
 """Random samples of a space that are looked at before a search may start."""
@@ -91,6 +91,12 @@ class Space:
             if self._is_active(searched, drawn):
                 drawn[key] = searched.suggest(trial, key)
         return drawn
+
+    def planned(self) -> dict[int, dict[str, Scalar]]:
+        """Values that trials are to take before the sampler is asked, by the trial's number and dotted key."""
+        points = self.grid() if self.search.sampler == "grid" else [dict(leaves(one)) for one in self.search.tries]
+        # Trial 0 is the baseline and draws nothing.
+        return dict(enumerate(points, start=1))
 
     def grid(self) -> list[dict[str, Scalar]]:
         """All that `suggest` can draw from a space without continuous ranges, by dotted key."""

@@ -145,6 +145,8 @@ class SpaceReader:
         self._read_trial(content.get("trial"), sections)
         if sections.search.sampler == "grid":
             self._check_grid(sections.ranges)
+        for i, values in enumerate(sections.search.tries):
+            self._check_try(f"search.try.{i}", values, sections.ranges)
         if self._problems:
             raise SpaceError(*self._problems)
         return sections
@@ -180,7 +182,7 @@ class SpaceReader:
             self._add("trial", f"{trial!r}; expected a mapping with keys {', '.join(TrialConfig.model_fields)}")
             return
         given: dict[str, Any] = {}
-        for key, value in _leaves(trial or {}):
+        for key, value in leaves(trial or {}):
             if is_range(value):
                 self._read_range(key, value, sections)
             else:
@@ -227,6 +229,13 @@ class SpaceReader:
                 self._add(
                     f"trial.{key}", f"{searched.kind}: a grid has no end on it; use choice, or another search.sampler"
                 )
+
+    def _check_try(self, place: str, values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+        for key, value in leaves(values):
+            if key not in ranges:
+                self._add(place, f"{key} is not searched; {_hint(key, tuple(ranges))}")
+            elif not ranges[key].contains(value):
+                self._add(place, f"{key}: {value!r}; expected a value of its range, {ranges[key].as_yaml()}")
 
     def _check_condition(self, key: str, searched: Range, sections: Sections) -> None:
         known = (*sections.fixed, *sections.ranges)
@@ -290,7 +299,7 @@ def _fields_at(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[str, .
     node: Any = kind
     for part in location:
         node = node.model_fields[part].annotation
-    return tuple(node.model_fields)
+    return tuple(field.alias or name for name, field in node.model_fields.items())
 
 
 def _hint(word: str, known: tuple[str, ...]) -> str:
@@ -302,11 +311,11 @@ def _dotted(location: tuple[Any, ...]) -> str:
     return ".".join(map(str, location))
 
 
-def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Values and ranges by dotted key; an empty mapping within counts as its defaults."""
     for key, value in mapping.items():
         if isinstance(value, dict) and not is_range(value):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

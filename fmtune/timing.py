@@ -81,7 +81,8 @@ class Timing:
     def _leaders(self) -> list[TrialRecord]:
         """The trials that lead now; those of them that get to their end will be the finalists."""
         records = list(self._board.records.values())
-        measured = [r for r in records if r.state != "failed" and self._board.value(r) is not None]
+        # A result without its checkpoint can't be chosen yet.
+        measured = [r for r in records if r.state != "failed" and r.checkpoint and self._board.value(r) is not None]
         measured.sort(key=lambda r: self._board.value(r) or 0.0, reverse=self._board.larger)
         return measured[: max(1, self._search.finalists)]
 

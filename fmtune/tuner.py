@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -73,7 +73,7 @@ class StudySearch(_NotStored, OptunaSearch):
             space=space.suggest,
             metric=space.search.metric,
             mode=space.search.mode,
-            sampler=create_sampler(space, started),
+            sampler=Planned(space.planned(), create_sampler(space, started)),
             storage=storage,
             study_name=STUDY,
         )
@@ -163,7 +163,10 @@ class TaskList(_NotStored, Searcher):
 
 
 def create_sampler(space: Space, started: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler by the name in `search.sampler`, for a study in which so many trials have been started."""
+    """Optuna's sampler by the name in `search.sampler`, for a study in which so many trials have been started.
+
+    A grid is planned beforehand, so that its sampler is never asked.
+    """
     # A search that goes on must not draw again what it has drawn.
     seed = derive_seed(space.search.seed, _SAMPLER, started)
     match space.search.sampler:
@@ -176,31 +179,42 @@ def create_sampler(space: Space, started: int) -> optuna.samplers.BaseSampler:
             return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
         case "gp":
             return optuna.samplers.GPSampler(seed=seed)
-        case "grid":
-            return GridPoints(space.grid())
         case _:
             return optuna.samplers.RandomSampler(seed=seed)
 
 
-class GridPoints(optuna.samplers.BaseSampler):
-    """Gives trial n the n-th point of a grid; Optuna's own grid sampler can't be asked and told, as Ray does."""
+class Planned(optuna.samplers.BaseSampler):
+    """Gives some trials values that are set beforehand, and asks another sampler for all else.
 
-    def __init__(self, grid: Sequence[dict[str, Scalar]]) -> None:
-        self._grid = grid
+    Optuna's own means, a queue of trials and a grid sampler, want the first trial and a study that optimises itself.
+    """
+
+    def __init__(self, plan: Mapping[int, Mapping[str, Scalar]], other: optuna.samplers.BaseSampler) -> None:
+        self._plan, self._other = plan, other
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
+        return {} if trial.number in self._plan else self._other.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return {}
+        return {} if trial.number in self._plan else self._other.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        # Trial 0 is the baseline and draws nothing.
-        return self._grid[trial.number - 1][param_name]
+        planned = self._plan.get(trial.number, {})
+        if param_name in planned:
+            return planned[param_name]
+        return self._other.sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._other.before_trial(study, trial)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: optuna.trial.TrialState, values: Sequence[float] | None
+    ) -> None:
+        self._other.after_trial(study, trial, state, values)
 
 
 class _SparesBaseline(_NotStored, TrialScheduler):

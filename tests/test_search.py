@@ -31,7 +31,7 @@ TINY: dict[str, Any] = {
 def _space(source: Path, **sections: Any) -> dict[str, Any]:
     space: dict[str, Any] = {
         "data": {"train": str(source), "validation": 0.2},
-        "search": {"trials": 4, "scheduler": "none", "finalists": 2},
+        "search": {"trials": 4, "scheduler": "none", "finalists": 2, "try": [{"optim": {"lr": 0.0125}}]},
         "baseline": TINY,
         "trial": TINY | {"optim": {"name": {"choice": ["adamw", "sgd"]}, "lr": {"log": [0.001, 0.1]}}},
     }
@@ -126,6 +126,8 @@ def test_trials_study_and_history_agree(result: RunResult) -> None:
     assert study.trials[0].params == {}
     assert all(set(trial.params) == {"optim.name", "optim.lr"} for trial in study.trials[1:])
     assert trials[1]["params.optim.name"] == study.trials[1].params["optim.name"]
+    # The first searched trial takes the value that it is to try, and draws the other.
+    assert study.trials[1].params["optim.lr"] == 0.0125
 
 
 def test_the_winner_is_the_finalist_with_the_best_mean(result: RunResult) -> None:
@@ -197,7 +199,7 @@ def test_a_failing_trial_is_recorded_with_its_cause_and_the_search_goes_on(
     """A learning rate of 1e30 overflows in the first steps."""
     space = _space(
         source,
-        search={"trials": 60, "sampler": "grid", "finalists": 0, "refit": False},
+        search={"trials": 60, "sampler": "grid", "finalists": 0, "refit": False, "try": []},
         trial=TINY | {"precision": "fp32", "optim": {"name": "sgd", "lr": {"choice": [0.01, 1e30]}}},
     )
     found = search(space, name="fails", runs=tmp_path)
@@ -212,7 +214,7 @@ def test_a_failing_trial_is_recorded_with_its_cause_and_the_search_goes_on(
 def test_a_search_whose_every_trial_fails_says_why(ray_cluster: None, source: Path, tmp_path: Path) -> None:
     failing = TINY | {"precision": "fp32", "optim": {"name": "sgd", "lr": 1e30}}
     with pytest.raises(RunFailed) as raised:
-        search(_space(source, baseline=failing, trial=failing), name="fails", runs=tmp_path)
+        search(_space(source, baseline=failing, trial=failing, search={"try": []}), name="fails", runs=tmp_path)
     assert raised.value.lines[0] == "none of 4 trials came to a result"
     assert "training loss became nan" in raised.value.lines[1]
 
@@ -287,7 +289,7 @@ def test_every_sampler_searches_on_loss_with_the_median_rule(
 
 
 def test_colour_images_are_searched_and_predicted(ray_cluster: None, tmp_path: Path) -> None:
-    """Red and blue squares, with the shape of a row given; no more than three epochs tell them apart."""
+    """Red and blue squares, with the shape of a row given."""
     rng = np.random.default_rng(0)
     labels = np.arange(120) % 2
     images = rng.integers(0, 60, (120, 8, 8, 3), dtype=np.uint8)
@@ -295,7 +297,7 @@ def test_colour_images_are_searched_and_predicted(ray_cluster: None, tmp_path: P
     images[labels == 1, :, :, 2] += 150
     source = write_csv(tmp_path / "colour.csv", Table(images.reshape(120, 1, 1, -1), labels))
     data = {"train": str(source), "test": str(source), "shape": [8, 8, 3], "validation": 0.2}
-    space = _space(source, data=data, search={"trials": 2, "finalists": 0})
+    space = _space(source, data=data, search={"trials": 2, "finalists": 0, "try": []}, trial=TINY | {"epochs": 10})
     found = search(space, name="colour", runs=tmp_path)
     assert found.summary["dataset"]["shape"] == [3, 8, 8]
     assert found.summary["test_accuracy"] > 0.9

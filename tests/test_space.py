@@ -109,6 +109,14 @@ trial:
             "trial: {model: {freeze: {int: [0, 5]}}}",
             "s.yaml:1: trial.model: freeze keeps random weights when pretrained is null",
         ),
+        (
+            "search: {try: [{epochs: 2, optim: {lr: 3.0}}]}\ntrial: {epochs: 2, optim: {lr: {log: [0.1, 1]}}}",
+            "s.yaml:1: search.try.0: epochs is not searched; expected one of optim.lr",
+        ),
+        (
+            "search: {try: [{optim: {lr: 3.0}}]}\ntrial: {optim: {lr: {log: [0.1, 1]}}}",
+            "s.yaml:1: search.try.0: optim.lr: 3.0; expected a value of its range, {'log': [0.1, 1]}",
+        ),
         ("baseline: sed", "s.yaml:1: baseline: 'sed'; expected seed or default, or a mapping"),
         (
             "search: {sampler: grid}\ntrial: {optim: {lr: {log: [0.1, 1]}}}",

@@ -49,9 +49,9 @@ class Timing:
         if not leaders:
             # Without a trial to choose there is nothing to set time aside for.
             return self._board.left <= 0
-        refit = self.refit_seconds(leaders[:1])
-        # What would take too much of the time is left out: the search itself finds more.
-        reserves = (refit + self._finalists_seconds(), refit, 0.0)
+        refit, finalists = self.refit_seconds(leaders), self._finalists_seconds()
+        # What would take too much of the time is left out: the search itself finds more. Trials take a while to end.
+        reserves = (refit + finalists + _PHASE_SECONDS if finalists else refit, refit, 0.0)
         reserve = next(seconds for seconds in reserves if seconds <= _ENDING_SHARE * self._search.time)
         return self._board.left < reserve + _CLOSING_SECONDS
 

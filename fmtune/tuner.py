@@ -101,7 +101,7 @@ class StudySearch(_NotStored, OptunaSearch):
 
     def _create_task(self, asked: optuna.Trial) -> Task:
         space = self._searched
-        if asked.number == 0:
+        if asked.number == 0 and not space.is_single:
             asked.set_user_attr("baseline", True)
         config = space.baseline if asked.number == 0 else space.trial_config(space.suggest(asked))
         return create_task(space.search.seed, asked.number, config)

@@ -202,6 +202,7 @@ class _Collector:
             self._context.view.note(f"{task.name} failed: {cause}")
 
     def on_tick(self) -> None:
+        self._context.check_interrupt()
         self._timing.save_clock()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from fmtune.view import Board, View
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run under way: what is asked, on what data, where it is kept and what is shown of it."""
+    """A run under way: what is asked, on what data, where it is kept and what is shown of it.
+
+    `check_interrupt` raises KeyboardInterrupt if Ctrl-C was pressed and got lost.
+    """
 
     space: Space
     data: TrainingData
@@ -26,6 +30,7 @@ class RunContext:
     folder: RunFolder
     board: Board
     view: View
+    check_interrupt: Callable[[], None]
 
     @property
     def storage(self) -> Path:

@@ -92,6 +92,7 @@ class Exploration:
         self._context.view.on_end(record)
 
     def on_tick(self) -> None:
+        self._context.check_interrupt()
         self._timing.save_clock()
 
     def _restore(self, storage: optuna.storages.BaseStorage) -> None:

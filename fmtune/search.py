@@ -17,7 +17,7 @@ from fmtune.model import create_model
 from fmtune.pretrained import load_pretrained
 from fmtune.report import write_report
 from fmtune.run import RunFolder
-from fmtune.session import quiet, ray_session
+from fmtune.session import interruptible, quiet, ray_session
 from fmtune.space import Space
 from fmtune.summary import conclude
 from fmtune.timing import Timing, read_clock, write_clock
@@ -146,14 +146,14 @@ def run_space(
     folder = RunFolder.create(path, space.to_yaml())
     board = _create_board(space, data, folder, started - read_clock(folder))
     try:
-        with quiet(folder.log) as console, create_view(board, console) as view:
+        with interruptible() as check, quiet(folder.log) as console, create_view(board, console) as view:
             for line in weights:
                 view.note(line)
             with ray_session(space.resources, address):
                 check_room(space.resources, has_shared_storage=space.storage is not None)
                 if space.is_single and space.resources.cpus is None and address is None:
                     space = replace(space, resources=whole_machine(space.resources))
-                context = RunContext(space, data, SharedData.of(data), folder, board, view)
+                context = RunContext(space, data, SharedData.of(data), folder, board, view, check)
                 timing = Timing(space, folder, board, _rows_ratio(data), lambda: count_slots(space.resources))
                 choice = _choose(context, timing, address is None)
             board.phase = "measuring on the test split"

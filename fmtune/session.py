@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import FrameType
 
 # Read by Ray when it is started, or a Tuner. Tune's own handler of Ctrl-C writes a snapshot that fmtune has no use for
 # and takes long; a plain KeyboardInterrupt ends the run in seconds.
@@ -49,6 +52,34 @@ def quiet(log: Path) -> Iterator[Console]:
             os.dup2(errors, 2)
             os.close(errors)
             logging.captureWarnings(False)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Ctrl-C raises KeyboardInterrupt at once, and again wherever the function that this yields is called.
+
+    One that strikes inside of a callback of Ray's compiled parts is printed there and lost.
+    """
+    requested = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        requested = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if requested:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may set handlers, and it alone is interrupted.
+        yield check
+        return
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

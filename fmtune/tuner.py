@@ -375,6 +375,7 @@ def run_trials(
         ),
     )
     tuner.fit()
+    watcher.on_tick()
 
 
 def check_room(resources: ResourcesConfig, has_shared_storage: bool) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 from rich.console import Console
 
-from fmtune.checkpoint import TrainedModel, save_model, write_json
+from fmtune.checkpoint import save_model, write_json
 from fmtune.choice import Choice, load_trial_model, mean_of
 from fmtune.context import RunContext
 from fmtune.data import has_test_split, load_test_split
 from fmtune.errors import DataError
 from fmtune.predict import Measured, evaluate_model, wilson_interval
 from fmtune.run import RunFolder, TrialRecord
-from fmtune.training import EpochMetrics, Evaluation
+from fmtune.training import EpochMetrics
 from fmtune.view import describe_values, format_seconds
 
 
@@ -25,8 +25,8 @@ def conclude(context: RunContext, choice: Choice) -> dict[str, Any]:
         DataError: the test split can't be read. All else is written before.
     """
     save_model(context.folder.best, choice.model)
-    summary = _summarise(context, choice)
-    _write(context, choice, summary, None)
+    summary, own = _summarise(context, choice), _measure_own(context, choice)
+    _write(context, choice, summary, own, None)
     test = None
     if has_test_split(context.space.data, context.data.loaded):
         try:
@@ -36,18 +36,16 @@ def conclude(context: RunContext, choice: Choice) -> dict[str, Any]:
                 *error.lines, f"the run is kept: measure it with fmtune evaluate {context.folder.path} --data FILE"
             ) from None
     summary["seconds"] = round(context.board.elapsed, 1)
-    _write(context, choice, summary, test)
+    _write(context, choice, summary, own, test)
     return summary
 
 
-def _write(context: RunContext, choice: Choice, summary: dict[str, Any], test: Measured | None) -> None:
+def _write(
+    context: RunContext, choice: Choice, summary: dict[str, Any], own: dict[str, float | None], test: Measured | None
+) -> None:
     context.folder.write_summary(summary)
-    of_these_weights: dict[str, float | None] = {"val_accuracy": None, "val_loss": None}
-    if not choice.is_refit:
-        evaluation = _measure(context, choice.model)
-        of_these_weights = {"val_accuracy": evaluation.accuracy, "val_loss": evaluation.loss}
     of_the_test = {key: summary[key] for key in ("test_accuracy", "test_interval", "test_loss")}
-    metrics = {**of_these_weights, **of_the_test, "refit": choice.is_refit, "test": test and test.as_dict()}
+    metrics = {**own, **of_the_test, "refit": choice.is_refit, "test": test and test.as_dict()}
     write_json(context.folder.best / "metrics.json", metrics)
 
 
@@ -122,9 +120,13 @@ def _measure_test(context: RunContext, choice: Choice, summary: dict[str, Any]) 
     return Measured(choice.model, best)
 
 
-def _measure(context: RunContext, model: TrainedModel) -> Evaluation:
-    rows = context.data.validation_rows
-    return evaluate_model(model, context.data.images[rows], context.data.labels[rows])
+def _measure_own(context: RunContext, choice: Choice) -> dict[str, float | None]:
+    """What the saved weights reach on the validation rows; None after a refit, which has trained on them."""
+    if choice.is_refit:
+        return {"val_accuracy": None, "val_loss": None}
+    data, rows = context.data, context.data.validation_rows
+    evaluation = evaluate_model(choice.model, data.images[rows], data.labels[rows])
+    return {"val_accuracy": evaluation.accuracy, "val_loss": evaluation.loss}
 
 
 def print_summary(console: Console, folder: RunFolder, summary: dict[str, Any]) -> None:

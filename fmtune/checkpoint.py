@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,9 @@ def create_preprocess(config: TrialConfig, pixels: Pixels) -> Preprocess:
     """The network's input from uint8 images, normalised as its weights or the configuration want it."""
     channels = config.model.channels or pixels.channels
     if not config.normalize:
-        return Preprocess(Pixels.unit(pixels.channels), channels)
+        return Preprocess(Pixels.unit(pixels.channels, pixels.resize), channels)
     if config.model.pretrained == "imagenet":
-        return Preprocess(imagenet_pixels(channels), channels)
+        return Preprocess(replace(imagenet_pixels(channels), resize=pixels.resize), channels)
     return Preprocess(pixels, channels)
 
 
@@ -91,7 +91,8 @@ def load_model(folder: Path) -> TrainedModel:
     config = read_json(folder / "config.json")
     entries = read_json(folder / "classes.json")
     classes = Classes(tuple(entry["label"] for entry in entries), tuple(entry["name"] for entry in entries))
-    pixels = Pixels(config["pixels"]["channels"], tuple(config["pixels"]["mean"]), tuple(config["pixels"]["std"]))
+    saved = config["pixels"]
+    pixels = Pixels(saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["resize"])
     trial = TrialConfig.model_validate(config["trial"])
     return create_trained_model(trial, pixels, classes, tuple(config["shape"]), load_file(folder / "model.safetensors"))
 
@@ -127,9 +128,13 @@ def load_metrics(folder: Path) -> EpochMetrics | None:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The network's part of what `save_training` wrote."""
+    """The network's part of what `save_training` wrote: its mean weights where there are any, else its last ones."""
     tensors = load_file(folder / "tensors.safetensors")
-    return {key.removeprefix("/network/"): value for key, value in tensors.items() if key.startswith("/network/")}
+    for part in ("/average/module.", "/network/"):
+        weights = {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
+        if weights:
+            return weights
+    raise RunFolderError(f"{folder / 'tensors.safetensors'}: no weights in it; expected a checkpoint of a training")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -170,7 +170,7 @@ class Chooser:
         return replace(self._context.task_of(record), name=name, seed=seed, number=None, resume_from=None)
 
     def _all_pixels(self) -> Pixels:
-        return measure_pixels(self._context.data.images)
+        return measure_pixels(self._context.data.images, self._context.space.data.resize)
 
     def _refitted_model(self, winner: TrialRecord, refit: _Outcome) -> TrainedModel:
         assert refit.checkpoint is not None

@@ -67,14 +67,15 @@ def train(**options: Any) -> None:
 @app.command()
 @_RUN
 @click.option("--data", metavar="D", required=True, help="Labelled images; a name stands for its test split.")
+@click.option("--tta", is_flag=True, help="Predict from each image and its mirror image together.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_RUNS
-def evaluate(run: str, data: str, as_json: bool, runs: Path) -> None:
+def evaluate(run: str, data: str, tta: bool, as_json: bool, runs: Path) -> None:
     """Measure a run's best model on labelled images."""
     from fmtune.predict import evaluate as evaluate_run
     from fmtune.tables import print_evaluation
 
-    measured = evaluate_run(run, data, runs=runs).as_dict()
+    measured = evaluate_run(run, data, tta=tta, runs=runs).as_dict()
     if as_json:
         click.echo(json.dumps(measured))
     else:

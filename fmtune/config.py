@@ -86,6 +86,8 @@ class DataConfig(Config):
     """Fraction of each class held out of the training rows, or `test` to validate on the test split."""
     seed: NonNegativeInt = 0
     """Seed of the choice of held-out rows."""
+    resize: PositiveInt | None = None
+    """Pixels of the shorter side that the network sees, bilinear; null takes the images as they are."""
 
 
 class SearchConfig(Config):
@@ -143,6 +145,8 @@ class ModelConfig(Config):
     """Weights to start from: `imagenet`, a .safetensors or .pth file, or a run."""
     freeze: Annotated[int, Field(ge=0, le=5)] = 0
     """Stages kept as loaded: 0 none, 1 the stem, 2 to 5 the stem and layer1 to layer4."""
+    unfreeze_epoch: Annotated[int, Field(ge=2)] | None = None
+    """First epoch that trains the frozen stages too; null keeps them as loaded to the end."""
 
     @model_validator(mode="after")
     def _freeze_needs_weights(self) -> ModelConfig:
@@ -156,7 +160,7 @@ class AugmentConfig(Config):
 
     flip: bool = True
     """Mirror left to right with probability 1/2."""
-    translate: NonNegativeInt = 1
+    translate: NonNegativeInt = 0
     """Largest shift in pixels, each axis alone; what comes in is zero."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Largest angle in degrees, either way."""
@@ -189,6 +193,11 @@ class OptimConfig(Config):
     """Linear up over a quarter of the steps and linear down; cosine down to zero; or neither."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the target spread evenly over all classes."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate from each stage to the one before it (Howard and Ruder, 2018,
+    https://arxiv.org/abs/1801.06146); 1 gives all stages one rate."""
+    average: Literal["none", "ema", "last"] = "none"
+    """Weights to evaluate and keep: the last step's, an exponential mean, or the mean of the last quarter."""
 
 
 class TrialConfig(Config):
@@ -201,6 +210,8 @@ class TrialConfig(Config):
     """Leave out the rows that don't fill a batch; false spreads all rows over batches of nearly one size."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Numbers of the forward and backward pass; auto is bf16 where the device computes in it."""
+    compile: Literal["auto"] | bool = "auto"
+    """Whether torch.compile makes the training step; auto does on a GPU, for long trainings."""
     normalize: bool = True
     """Shift and scale pixels by the training rows' mean and standard deviation; false only divides by 255."""
     model: ModelConfig = ModelConfig()

@@ -139,7 +139,7 @@ def load_training_data(config: DataConfig) -> TrainingData:
         labels = np.concatenate([labels, classes.indices(held_out.table.labels, held_out.source)])
     else:
         train_rows, validation_rows = split_rows(labels, config.validation, config.seed, loaded.source)
-    pixels = measure_pixels(images[train_rows])
+    pixels = measure_pixels(images[train_rows], config.resize)
     return TrainingData(images, labels, train_rows, validation_rows, classes, pixels, loaded)
 
 
@@ -219,8 +219,11 @@ def split_rows(
     return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
-def measure_pixels(images: NDArray[np.uint8]) -> Pixels:
-    """Mean and standard deviation of each channel of uint8 (N, C, H, W), of pixels scaled to 0..1."""
+def measure_pixels(images: NDArray[np.uint8], resize: int | None = None) -> Pixels:
+    """Mean and standard deviation of each channel of uint8 (N, C, H, W), of pixels scaled to 0..1.
+
+    They are of the images as they come; `resize` is what the network will see them at.
+    """
     # From counts of the 256 values, exact and without a float copy of the images.
     counts = np.stack([np.bincount(images[:, c].ravel(), minlength=256) for c in range(images.shape[1])])
     values = np.arange(256) / 255
@@ -229,7 +232,7 @@ def measure_pixels(images: NDArray[np.uint8]) -> Pixels:
     std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
     # A channel of one value has nothing to scale.
     std[std == 0] = 1.0
-    return Pixels(images.shape[1], tuple(map(float, mean)), tuple(map(float, std)))
+    return Pixels(images.shape[1], tuple(map(float, mean)), tuple(map(float, std)), resize)
 
 
 def to_arrow(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> pa.Table:

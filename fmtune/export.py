@@ -78,10 +78,12 @@ def describe_export(model: TrainedModel, kind: Kind) -> dict[str, Any]:
     """What the user of an exported file must know, as JSON values.
 
     `shape` is (channels, height, width) of an image. `normalisation` is of pixels scaled to 0..1, one entry for each of
-    these channels, and `inside` says whether the file does it. `model` has all that rebuilds the network.
+    these channels, then brought to `resize` on the shorter side unless it is null; `inside` says whether the file does
+    both. `model` has all that rebuilds the network.
     """
     inside = kind != "safetensors"
     pixels = model.preprocess.pixels
+    normalisation = {"mean": list(pixels.mean), "std": list(pixels.std), "resize": pixels.resize, "inside": inside}
     return {
         "format": kind,
         "labels": list(model.classes.labels),
@@ -89,7 +91,7 @@ def describe_export(model: TrainedModel, kind: Kind) -> dict[str, Any]:
         "shape": list(model.shape),
         "input": {"name": "images", "dtype": "uint8" if inside else "float32", "layout": "NCHW"},
         "output": {"name": "logits", "dtype": "float32", "layout": "NC"},
-        "normalisation": {"mean": list(pixels.mean), "std": list(pixels.std), "inside": inside},
+        "normalisation": normalisation,
         "model": model.config.model.model_dump(mode="json") | {"channels": model.preprocess.channels},
         "fmtune": importlib.metadata.version("fmtune"),
     }

@@ -9,21 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmtune.config import ModelConfig
-
-
-class SubsampledConv2d(nn.Conv2d):
-    """A 1x1 convolution with a stride, as a 1x1 convolution of every stride-th pixel.
-
-    The same numbers and parameters. With fewer than 16 channels in, channels_last and several threads, the backward
-    pass of the strided one writes past its buffers (seen with torch 2.14.1 on an AVX-512 CPU).
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, subsampling: int) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=False)
-        self.subsampling = subsampling
-
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images[:, :, :: self.subsampling, :: self.subsampling])
+from fmtune.convolution import Conv2d, SubsampledConv2d
 
 
 class BasicBlock(nn.Module):
@@ -33,9 +19,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, planes: int, stride: int = 1, downsample: nn.Module | None = None) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, planes, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = Conv2d(in_channels, planes, 3, stride)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(planes, planes, 3)
         self.bn2 = nn.BatchNorm2d(planes)
         self.downsample = downsample
 
@@ -56,11 +42,11 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels: int, planes: int, stride: int = 1, downsample: nn.Module | None = None) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
+        self.conv1 = Conv2d(in_channels, planes, 1)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = Conv2d(planes, planes, 3, stride)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.conv3 = Conv2d(planes, planes * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
         self.downsample = downsample
 
@@ -87,21 +73,23 @@ STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 class Pixels:
     """What a network must know of its images: channels, and the statistics that normalise them.
 
-    `mean` and `std` have one entry a channel, of pixels scaled to 0..1.
+    `mean` and `std` have one entry a channel, of pixels scaled to 0..1. `resize` is the length in pixels that the
+    shorter side is brought to, None where images stay as they are.
     """
 
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: int | None = None
 
     @classmethod
-    def unit(cls, channels: int) -> Pixels:
+    def unit(cls, channels: int, resize: int | None = None) -> Pixels:
         """Pixels that are only scaled to 0..1."""
-        return cls(channels, (0.0,) * channels, (1.0,) * channels)
+        return cls(channels, (0.0,) * channels, (1.0,) * channels, resize)
 
 
 class Preprocess(nn.Module):
-    """uint8 images (N, C, H, W) to normalised float32 ones with the network's number of channels."""
+    """uint8 images (N, C, H, W) to normalised float32 ones of the network's channels and size."""
 
     scale: Tensor
     shift: Tensor
@@ -116,7 +104,18 @@ class Preprocess(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         normalised = torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
+        if self.pixels.resize is not None:
+            normalised = _resize(normalised, self.pixels.resize)
         return normalised.expand(-1, self.channels, -1, -1)
+
+
+def _resize(images: Tensor, side: int) -> Tensor:
+    """Images (N, C, H, W) with `side` pixels on the shorter side, bilinear."""
+    height, width = images.shape[2:]
+    shorter = min(height, width)
+    size = [round(height * side / shorter), round(width * side / shorter)]
+    # Smoothed where it shrinks; where it enlarges that would change nothing.
+    return F.interpolate(images, size, mode="bilinear", antialias=side < shorter)
 
 
 class ResNet(nn.Module):
@@ -135,11 +134,11 @@ class ResNet(nn.Module):
         block, blocks = _BLOCKS[config.depth]
         width = config.width
         if config.stem == "imagenet":
-            self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+            self.conv1 = Conv2d(in_channels, width, 7, stride=2)
             self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
         else:
             stride = 2 if config.stem == "half" else 1
-            self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+            self.conv1 = Conv2d(in_channels, width, 3, stride)
             self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
@@ -153,13 +152,23 @@ class ResNet(nn.Module):
         self.head = nn.Linear(1000, classes) if config.head == "stack" else nn.Identity()
         self.frozen = STAGES[: config.freeze]
         _initialise(self)
-        self._freeze()
+        self._set_trainable(False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """Logits (N, classes) of images, or with `first` of what the first so many stages give (`forward_stages`)."""
+        x = self.forward_stages(x, first, len(STAGES))
         logits: Tensor = self.head(self.fc(torch.flatten(self.avgpool(x), 1)))
         return logits
+
+    def forward_stages(self, x: Tensor, first: int, last: int) -> Tensor:
+        """What the stages from `first` up to, but without, `last` make of the output (N, C, H, W) of those before."""
+        for stage in STAGES[first:last]:
+            x = getattr(self, stage)(x)
+        return x
+
+    def stem(self, images: Tensor) -> Tensor:
+        x: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return x
 
     def train(self, mode: bool = True) -> ResNet:
         """As `nn.Module.train`, but frozen batch norms stay in evaluation and so keep their statistics."""
@@ -172,14 +181,27 @@ class ResNet(nn.Module):
         named = {"stem": [self.conv1, self.bn1]} | {name: [getattr(self, name)] for name in STAGES[1:]}
         return [module for stage in self.frozen for module in named[stage]]
 
-    def _freeze(self) -> None:
+    def unfreeze(self) -> None:
+        """Train all stages from here on; takes effect on batch norms with the next `train()`."""
+        self._set_trainable(True)
+        self.frozen = ()
+
+    def _set_trainable(self, trainable: bool) -> None:
         for module in self._frozen_modules():
-            module.requires_grad_(False)
+            module.requires_grad_(trainable)
 
 
 def create_model(config: ModelConfig, data_channels: int, classes: int) -> ResNet:
     """A freshly initialised network; its weights come from torch's global generator."""
     return ResNet(config, config.channels or data_channels, classes)
+
+
+def stages_to_logits(parameter: str) -> int:
+    """How many stages before the head a parameter of a `ResNet` lies, by its name: 0 the head's own, 5 the stem's."""
+    module = parameter.split(".")[0]
+    if module in ("conv1", "bn1"):
+        return len(STAGES)
+    return len(STAGES) - STAGES.index(module) if module in STAGES else 0
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -11,6 +11,10 @@ from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from fmtune.config import OptimConfig
+from fmtune.model import stages_to_logits
+
+Group = dict[str, Any]
+"""Parameters that an optimizer treats alike: `params`, and how."""
 
 _ONECYCLE_STEPS = 5
 """Fewest steps that torch can lay both legs of the cycle over."""
@@ -20,23 +24,33 @@ class Optimization:
     """The optimizers of a network and their schedules, stepped together.
 
     Args:
-        network: its trainable parameters are optimised; frozen ones get no state.
+        network: its trainable parameters are optimised; frozen ones get no state. By their names they belong to
+            stages, which `config.layer_decay` gives rates of their own.
         config: optimizer, peak learning rate, decay and schedule.
         steps: optimizer steps of the whole training, over which the schedule is laid.
         loss_scaling: scale losses so that fp16 gradients don't underflow, and pass over steps whose gradients
             overflow (Micikevicius et al., 2018, https://arxiv.org/abs/1710.03740).
+        will_unfreeze: frozen parameters are to be trained later, and join in once they have gradients.
     """
 
-    def __init__(self, network: nn.Module, config: OptimConfig, steps: int, loss_scaling: bool = False) -> None:
-        self.optimizers = _create_optimizers(network, config)
+    def __init__(
+        self,
+        network: nn.Module,
+        config: OptimConfig,
+        steps: int,
+        loss_scaling: bool = False,
+        will_unfreeze: bool = False,
+    ) -> None:
+        self.optimizers = _create_optimizers(network, config, will_unfreeze)
         self.schedulers = [_create_scheduler(optimizer, config, steps) for optimizer in self.optimizers]
         device = next(network.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the next step."""
-        return float(self.optimizers[0].param_groups[0]["lr"])
+        """Learning rate of the next step, of the head where stages have rates of their own."""
+        group = self.optimizers[0].param_groups[0]
+        return float(group["lr"] / group["share"])
 
     def minimise(self, loss: Tensor) -> None:
         """Gradients of the loss, one update of the parameters with them, and the learning rate moved on."""
@@ -71,20 +85,23 @@ class Optimization:
 
 
 class ConvMuon(Muon):
-    """torch's Muon, which takes matrices, for convolution weights (out, in, h, w) seen as (out, in * h * w).
+    """torch's Muon, which takes matrices, for groups of convolution weights (out, in, h, w) seen as (out, in * h * w).
 
     The update is scaled to the size of AdamW's (Liu et al., 2025, https://arxiv.org/abs/2502.16982), so that both
     share one learning rate.
     """
 
-    def __init__(self, weights: Sequence[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
-        self._weights = weights
-        matrices = [nn.Parameter(_as_matrix(weight.detach(), weight)) for weight in weights]
-        super().__init__(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    def __init__(self, groups: Sequence[Group], lr: float, momentum: float) -> None:
+        self._weights = [weight for group in groups for weight in group["params"]]
+        self._matrices = [nn.Parameter(_as_matrix(weight.detach(), weight)) for weight in self._weights]
+        matrices = iter(self._matrices)
+        # As the weights were given, each in the place of its own.
+        own = [group | {"params": [next(matrices) for _ in group["params"]]} for group in groups]
+        super().__init__(own, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
 
     def take_gradients(self) -> None:
         """Show the weights' gradients to the matrices; must come before each step."""
-        for weight, matrix in zip(self._weights, self.param_groups[0]["params"], strict=True):
+        for weight, matrix in zip(self._weights, self._matrices, strict=True):
             matrix.grad = None if weight.grad is None else _as_matrix(weight.grad, weight)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -112,20 +129,19 @@ def _match_memory_format(optimizer: Optimizer) -> None:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _create_optimizers(network: nn.Module, config: OptimConfig) -> list[Optimizer]:
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+def _create_optimizers(network: nn.Module, config: OptimConfig, will_unfreeze: bool) -> list[Optimizer]:
+    trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad or will_unfreeze]
     if config.name != "muon":
-        return [_create_plain_optimizer(trainable, config)]
-    convolutions = [parameter for parameter in trainable if parameter.ndim == 4]
-    others = [parameter for parameter in trainable if parameter.ndim != 4]
-    optimizers: list[Optimizer] = [AdamW(_decay_groups(others, config.weight_decay), lr=config.lr, fused=True)]
+        return [_create_plain_optimizer(_create_groups(trainable, config), config)]
+    convolutions = [(name, parameter) for name, parameter in trainable if parameter.ndim == 4]
+    others = [(name, parameter) for name, parameter in trainable if parameter.ndim != 4]
+    optimizers: list[Optimizer] = [AdamW(_create_groups(others, config), lr=config.lr, fused=True)]
     if convolutions:
-        optimizers.insert(0, ConvMuon(convolutions, config.lr, config.momentum, config.weight_decay))
+        optimizers.insert(0, ConvMuon(_create_groups(convolutions, config), config.lr, config.momentum))
     return optimizers
 
 
-def _create_plain_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> Optimizer:
-    groups = _decay_groups(parameters, config.weight_decay)
+def _create_plain_optimizer(groups: list[Group], config: OptimConfig) -> Optimizer:
     match config.name:
         case "adamw":
             return AdamW(groups, lr=config.lr, fused=True)
@@ -135,12 +151,18 @@ def _create_plain_optimizer(parameters: list[nn.Parameter], config: OptimConfig)
             return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
 
 
-def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weights, which decay, and norms and biases, which are vectors and do not."""
-    return [
-        {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
+def _create_groups(parameters: Sequence[tuple[str, nn.Parameter]], config: OptimConfig) -> list[Group]:
+    """Parameters by what they share of the learning rate and by their weight decay.
+
+    Norms and biases, which are vectors, do not decay. `share` is the stage's part of the head's learning rate.
+    """
+    groups: dict[tuple[float, float], Group] = {}
+    for name, parameter in parameters:
+        share = config.layer_decay ** stages_to_logits(name)
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        group = {"params": [], "lr": config.lr * share, "share": share, "weight_decay": decay}
+        groups.setdefault((share, decay), group)["params"].append(parameter)
+    return list(groups.values())
 
 
 def _create_scheduler(optimizer: Optimizer, config: OptimConfig, steps: int) -> LRScheduler:
@@ -149,7 +171,7 @@ def _create_scheduler(optimizer: Optimizer, config: OptimConfig, steps: int) -> 
             # Smith and Topin, 2019, https://arxiv.org/abs/1708.07120.
             return OneCycleLR(
                 optimizer,
-                config.lr,
+                [group["lr"] for group in optimizer.param_groups],
                 max(steps, _ONECYCLE_STEPS),
                 pct_start=0.25,
                 anneal_strategy="linear",

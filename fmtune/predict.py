@@ -13,7 +13,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmtune.batches import Batches
 from fmtune.checkpoint import TrainedModel, load_model
@@ -54,8 +54,14 @@ def load(run: str | Path, *, runs: str | Path = "runs") -> TrainedModel:
     return load_model(find_run(str(run), Path(runs)).best)
 
 
-def evaluate(run: str | Path, data: str, *, runs: str | Path = "runs") -> Measured:
+def evaluate(run: str | Path, data: str, *, tta: bool = False, runs: str | Path = "runs") -> Measured:
     """Measure a run's best model on a labelled source; a data set's name stands for its test split.
+
+    Args:
+        run: a run folder, or a name under `runs`.
+        data: the source.
+        tta: predict from each image and its mirror image together (test-time augmentation).
+        runs: folder of run folders.
 
     Raises:
         InputError: the run or the source is not as it must be.
@@ -66,7 +72,7 @@ def evaluate(run: str | Path, data: str, *, runs: str | Path = "runs") -> Measur
     loaded = load_split(config, "test")
     _check_shape(model, loaded.table.images, data)
     labels = model.classes.indices(loaded.table.labels, data)
-    return Measured(model, evaluate_model(model, loaded.table.images, labels))
+    return Measured(model, evaluate_model(model, loaded.table.images, labels, tta=tta))
 
 
 def predict(run: str | Path, source: str, output: str | Path, *, runs: str | Path = "runs") -> int:
@@ -103,13 +109,26 @@ def predict(run: str | Path, source: str, output: str | Path, *, runs: str | Pat
     return len(images)
 
 
-def evaluate_model(model: TrainedModel, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Evaluation:
-    """Loss and confusion in fp32 over uint8 images (N, C, H, W) and class indices (N,)."""
+class MirrorMean(nn.Module):
+    """A network's mean logits of an image and its mirror image."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = (self.network(images) + self.network(images.flip(-1))) / 2
+        return logits
+
+
+def evaluate_model(
+    model: TrainedModel, images: NDArray[np.uint8], labels: NDArray[np.int64], *, tta: bool = False
+) -> Evaluation:
+    """Loss and confusion in fp32 over uint8 images (N, C, H, W) and class indices (N,); `tta` as in `evaluate`."""
     device = next(model.network.parameters()).device
     tensors = torch.tensor(images, device=device), torch.tensor(labels, device=device)
-    return evaluate_batches(
-        model.network, model.preprocess, Batches(*tensors, torch.arange(len(images), device=device))
-    )
+    network = MirrorMean(model.network) if tta else model.network
+    return evaluate_batches(network, model.preprocess, Batches(*tensors, torch.arange(len(images), device=device)))
 
 
 @torch.no_grad()

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from fmtune.augment import augment, batch_cutmix, batch_mixup
+from fmtune.augment import batch_cutmix, batch_mixup
+from fmtune.averaging import WeightAverage
 from fmtune.batches import Batches, count_trained
 from fmtune.config import TrialConfig
 from fmtune.errors import NonFiniteLoss
-from fmtune.model import Preprocess
+from fmtune.feed import Feed, Precision, autocast, feed_features, feed_pixels
+from fmtune.model import Preprocess, ResNet
 from fmtune.optim import Optimization
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Forward = Callable[[Tensor], Tensor]
+"""From a prepared batch to logits (N, classes)."""
+Distribute = Callable[[nn.Module], nn.Module]
+"""Wraps a network so that several workers train it together."""
 EVALUATION_BATCH = 1024
 """Images of an evaluation step; without gradients the memory of a training step holds several times its batch."""
 _LOSS_CHECK_STEPS = 64
 """Steps between looks at the loss, each of which waits for the device."""
+_COMPILE_STEPS = 20_000
+"""Steps of about 10 ms from which a saving of a quarter of each pays back 40 s of compiling."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,20 @@ class TrainingState:
 
     network: nn.Module
     optimization: Optimization
+    average: WeightAverage | None = None
     epoch: int = 0
     seconds: float = 0.0
+
+    @property
+    def best_network(self) -> nn.Module:
+        """The network to evaluate and to keep: of mean weights where there are any."""
+        return (self.average and self.average.network) or self.network
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "network": self.network.state_dict(),
             "optimization": self.optimization.state_dict(),
+            "average": self.average.state_dict() if self.average and self.average.network else None,
             "epoch": self.epoch,
             "seconds": self.seconds,
         }
@@ -68,6 +82,8 @@ class TrainingState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.optimization.load_state_dict(state["optimization"])
+        if self.average and state["average"]:
+            self.average.load_state_dict(state["average"])
         self.epoch, self.seconds = state["epoch"], state["seconds"]
 
 
@@ -110,11 +126,12 @@ def fit(
     seed: int,
     report: Report,
     resume_from: dict[str, Any] | None = None,
+    distribute: Distribute | None = None,
 ) -> None:
     """Train `network` for `config.epochs` epochs, or from the epoch that `resume_from` ended with.
 
     Args:
-        network: on the device of the batches; wrapped for DDP where several workers train together.
+        network: on the device of the batches; a `ResNet` where stages are frozen.
         preprocess: turns uint8 images into the network's input.
         train: batches to learn from.
         validation: batches to measure on after each epoch, if any.
@@ -122,98 +139,146 @@ def fit(
         seed: of the order of rows and the augmentation.
         report: called after each epoch with its metrics and the state to save.
         resume_from: a `TrainingState.state_dict()`.
+        distribute: wraps the network for DDP where several workers train together.
 
     Raises:
         NonFiniteLoss: the training or validation loss became NaN or infinite.
     """
-    steps = train.steps(config.batch_size, config.drop_last)
-    precision = select_precision(config.precision, train.device)
-    optimization = Optimization(network, config.optim, steps * config.epochs, loss_scaling=precision == "fp16")
-    # Checkpoints name parameters as published, without DDP's prefix.
-    state = TrainingState(network.module if isinstance(network, DistributedDataParallel) else network, optimization)
+    pixels = feed_pixels(train, validation, preprocess, config.augment)
+    training = _Training(network, pixels, config, seed, distribute)
     if resume_from is not None:
-        state.load_state_dict(resume_from)
-    while state.epoch < config.epochs:
+        training.state.load_state_dict(resume_from)
+    while training.state.epoch < config.epochs:
+        report(training.run_epoch(), training.state)
+
+
+class _Training:
+    """One network on its way through its epochs; arguments are those of `fit`."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        pixels: Feed,
+        config: TrialConfig,
+        seed: int,
+        distribute: Distribute | None,
+    ) -> None:
+        self._config, self._seed, self._pixels, self._distribute = config, seed, pixels, distribute
+        self._forward: Forward = network
+        self._device = pixels.train.device
+        self._precision = select_precision(config.precision, self._device)
+        self._epoch_steps = pixels.train.steps(config.batch_size, config.drop_last)
+        self._steps = self._epoch_steps * config.epochs
+        optimization = Optimization(
+            network,
+            config.optim,
+            self._steps,
+            loss_scaling=self._precision == "fp16",
+            will_unfreeze=config.model.unfreeze_epoch is not None,
+        )
+        kind = config.optim.average
+        average = None if kind == "none" else WeightAverage(network, kind, self._steps)
+        self.state = TrainingState(network, optimization, average)
+        self._feed: Feed | None = None
+
+    def run_epoch(self) -> EpochMetrics:
+        """Train and evaluate the next epoch."""
         started = time.perf_counter()
+        state, config = self.state, self._config
         state.epoch += 1
-        learning_rate = optimization.learning_rate
-        train_loss = _train_epoch(network, state, preprocess, train, config, precision, seed)
+        feed = self._prepare_epoch()
+        learning_rate = state.optimization.learning_rate
+        train_loss = self._train(feed)
         trained = time.perf_counter()
-        result = None if validation is None else _validate(state, preprocess, validation, precision)
+        result = None if feed.validation is None else self._validate(feed, feed.validation)
         state.seconds += time.perf_counter() - started
-        images = count_trained(len(train), config.batch_size, config.drop_last)
-        report(
-            EpochMetrics(
-                epoch=state.epoch,
-                train_loss=train_loss,
-                val_loss=None if result is None else result.loss,
-                val_accuracy=None if result is None else result.accuracy,
-                learning_rate=learning_rate,
-                images_per_second=images / (trained - started),
-                seconds=state.seconds,
-            ),
-            state,
+        images = count_trained(len(feed.train), config.batch_size, config.drop_last)
+        return EpochMetrics(
+            epoch=state.epoch,
+            train_loss=train_loss,
+            val_loss=None if result is None else result.loss,
+            val_accuracy=None if result is None else result.accuracy,
+            learning_rate=learning_rate,
+            images_per_second=images / (trained - started),
+            seconds=state.seconds,
         )
 
+    def _prepare_epoch(self) -> Feed:
+        """What the epoch is fed with; the network is made ready in the first one and where its stages thaw."""
+        network, thaw = self.state.network, self._config.model.unfreeze_epoch
+        if isinstance(network, ResNet) and network.frozen and thaw is not None and self.state.epoch >= thaw:
+            network.unfreeze()
+            self._feed = None
+        if self._feed is None:
+            self._feed = self._choose_feed()
+            self._forward = self._create_forward(self._feed.first)
+        return self._feed
 
-def _validate(state: TrainingState, preprocess: Preprocess, validation: Batches, precision: Precision) -> Evaluation:
-    """Evaluate the network, the same one on all workers.
+    def _choose_feed(self) -> Feed:
+        network = self.state.network
+        if not isinstance(network, ResNet):
+            return self._pixels
+        return feed_features(self._pixels, network, self._config.augment, self._precision) or self._pixels
 
-    Raises:
-        NonFiniteLoss: a prediction is NaN or infinite.
-    """
-    if dist.is_initialized():
-        # Each worker's batch norms have seen rows of its own; rank 0's statistics are the ones that are saved.
-        for buffer in state.network.buffers():
-            dist.broadcast(buffer, src=0)
-    result = evaluate(state.network, preprocess, validation, precision)
-    if not math.isfinite(result.loss):
-        raise NonFiniteLoss("validation", state.epoch, None, result.loss)
-    return result
+    def _create_forward(self, first: int) -> Forward:
+        """From what the feed gives to logits, in training."""
+        forward: Any = self._distribute(self.state.network) if self._distribute else self.state.network
+        if should_compile(self._config.compile, self._device, self._steps):
+            # Batches have two sizes at most, each of which gets a program of its own.
+            mode = "reduce-overhead" if self._device.type == "cuda" else "default"
+            forward = torch.compile(forward, dynamic=False, mode=mode)
+        return partial(forward, first=first) if first else forward
+
+    def _train(self, feed: Feed) -> float:
+        """One pass over the training rows; returns the mean loss over them."""
+        state, config, train = self.state, self._config, feed.train
+        state.network.train()
+        seed = self._seed * 1_000_003 + state.epoch
+        generator = Generator(train.device).manual_seed(seed)
+        draws = Generator(train.device).manual_seed(seed * 1009 + train.rank)
+        # Losses stay on the device: fetching each would make every step wait for it.
+        losses = torch.zeros(self._epoch_steps, device=train.device)
+        counts = torch.zeros(self._epoch_steps, device=train.device)
+        for step, (images, labels) in enumerate(train.shuffled(config.batch_size, config.drop_last, generator)):
+            with autocast(self._precision, train.device):
+                loss = _training_loss(self._forward, feed.prepare(images, draws), labels, config, draws)
+            state.optimization.minimise(loss)
+            if state.average is not None:
+                state.average.update(state.network, (state.epoch - 1) * self._epoch_steps + step + 1)
+            losses[step], counts[step] = loss.detach(), len(labels)
+            if (step + 1) % _LOSS_CHECK_STEPS == 0:
+                _check_finite(losses[: step + 1], state.epoch)
+        _check_finite(losses, state.epoch)
+        total, images_seen = _sum_over_workers(torch.stack([losses.double() @ counts.double(), counts.double().sum()]))
+        return total / images_seen
+
+    def _validate(self, feed: Feed, validation: Batches) -> Evaluation:
+        """Evaluate the network, the same one on all workers.
+
+        Raises:
+            NonFiniteLoss: a prediction is NaN or infinite.
+        """
+        network = self.state.best_network
+        if dist.is_initialized():
+            # Each worker's batch norms have seen rows of its own; rank 0's statistics are the ones that are saved.
+            for buffer in network.buffers():
+                dist.broadcast(buffer, src=0)
+        result = evaluate(network, lambda x: feed.prepare(x, None), validation, self._precision, first=feed.first)
+        if not math.isfinite(result.loss):
+            raise NonFiniteLoss("validation", self.state.epoch, None, result.loss)
+        return result
 
 
-def _train_epoch(
-    network: nn.Module,
-    state: TrainingState,
-    preprocess: Preprocess,
-    train: Batches,
-    config: TrialConfig,
-    precision: Precision,
-    seed: int,
-) -> float:
-    """One pass over the training rows; returns the mean loss over them."""
-    network.train()
-    generator = Generator(train.device).manual_seed(seed * 1_000_003 + state.epoch)
-    own_generator = Generator(train.device).manual_seed((seed * 1_000_003 + state.epoch) * 1009 + train.rank)
-    steps = train.steps(config.batch_size, config.drop_last)
-    # Losses stay on the device: fetching each would make every step wait for it.
-    losses = torch.zeros(steps, device=train.device)
-    counts = torch.zeros(steps, device=train.device)
-    for step, (images, labels) in enumerate(train.shuffled(config.batch_size, config.drop_last, generator)):
-        with _autocast(precision, train.device):
-            loss = _training_loss(network, preprocess, images, labels, config, own_generator)
-        state.optimization.minimise(loss)
-        losses[step], counts[step] = loss.detach(), len(labels)
-        if (step + 1) % _LOSS_CHECK_STEPS == 0:
-            _check_finite(losses[: step + 1], state.epoch)
-    _check_finite(losses, state.epoch)
-    total, images_seen = _sum_over_workers(torch.stack([losses.double() @ counts.double(), counts.double().sum()]))
-    return total / images_seen
-
-
-def _training_loss(
-    network: nn.Module, preprocess: Preprocess, images: Tensor, labels: Tensor, config: TrialConfig, draws: Generator
-) -> Tensor:
-    """Mean cross entropy of an augmented batch, against both labels of each image where images are mixed."""
-    x = preprocess(augment(images, config.augment, draws))
+def _training_loss(forward: Forward, x: Tensor, labels: Tensor, config: TrialConfig, draws: Generator) -> Tensor:
+    """Mean cross entropy of a prepared batch, against both labels of each image where images are mixed."""
     smoothing = config.optim.label_smoothing
     if not (config.augment.mixup or config.augment.cutmix):
-        return F.cross_entropy(network(x), labels, label_smoothing=smoothing)
+        return F.cross_entropy(forward(x), labels, label_smoothing=smoothing)
     if config.augment.mixup:
         x, partner, share = batch_mixup(x, config.augment.mixup, draws)
     else:
         x, partner, share = batch_cutmix(x, config.augment.cutmix, draws)
-    logits = network(x)
+    logits = forward(x)
     own = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
     other = F.cross_entropy(logits, labels[partner], label_smoothing=smoothing, reduction="none")
     return torch.lerp(other, own, share).mean()
@@ -227,21 +292,30 @@ def _check_finite(losses: Tensor, epoch: int) -> None:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, preprocess: Preprocess, batches: Batches, precision: Precision = "fp32") -> Evaluation:
+def evaluate(
+    network: nn.Module,
+    prepare: Callable[[Tensor], Tensor],
+    batches: Batches,
+    precision: Precision = "fp32",
+    *,
+    first: int = 0,
+) -> Evaluation:
     """Cross entropy and confusion counts over a split, summed over all workers.
 
     Args:
-        network: gives logits (N, classes) for what `preprocess` makes of uint8 (N, C, H, W).
-        preprocess: as in training.
+        network: gives logits (N, classes) for what `prepare` makes of a batch.
+        prepare: as in training, but for what is random in it.
         batches: the split.
         precision: numbers to compute in.
+        first: stage of the network that takes what `prepare` gives.
     """
     network.eval()
+    forward: Forward = partial(network, first=first) if first else network
     total = torch.zeros((), dtype=torch.float64, device=batches.device)
     pairs = []
     for images, labels in batches.ordered(EVALUATION_BATCH):
-        with _autocast(precision, batches.device):
-            logits = network(preprocess(images))
+        with autocast(precision, batches.device):
+            logits = forward(prepare(images))
         total += F.cross_entropy(logits.float(), labels, reduction="sum").double()
         pairs.append(labels * logits.shape[1] + logits.argmax(dim=1))
     classes = logits.shape[1]
@@ -257,13 +331,6 @@ def _sum_over_workers(values: Tensor) -> list[float]:
     return values.tolist()
 
 
-def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """A context that computes in the given precision."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
 def select_precision(precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
     """The numbers to compute in: as asked, or for `auto` bf16 where the device multiplies in it, else fp32."""
     if precision != "auto":
@@ -271,3 +338,11 @@ def select_precision(precision: Literal["auto", "fp32", "bf16", "fp16"], device:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def should_compile(compile: Literal["auto"] | bool, device: torch.device, steps: int) -> bool:
+    """Whether to compile the training step: as asked, or for `auto` where the planned steps pay back the compiling."""
+    if compile != "auto":
+        return compile
+    # On CPUs a compiled step was measured to be no faster than this one (benchmarks/README.md).
+    return device.type == "cuda" and steps >= _COMPILE_STEPS

@@ -170,7 +170,7 @@ def _train(task: Task, shared: SharedData, device: torch.device, rank: int, work
         load_pretrained(network, config.model, weights_folder())
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     fit(
-        ray.train.torch.prepare_model(network) if workers > 1 else network,
+        network,
         create_preprocess(config, shared.pixels).to(device),
         train,
         None if task.rows == "all" else validation,
@@ -178,6 +178,7 @@ def _train(task: Task, shared: SharedData, device: torch.device, rank: int, work
         seed=task.seed,
         report=report,
         resume_from=load_training(Path(task.resume_from)) if task.resume_from else None,
+        distribute=ray.train.torch.prepare_model if workers > 1 else None,
     )
 
 

@@ -159,7 +159,7 @@ def test_json_beside_a_torch_file_tells_what_its_user_must_know(tmp_path: Path) 
         "shape": [3, 10, 14],
         "input": {"name": "images", "dtype": "uint8", "layout": "NCHW"},
         "output": {"name": "logits", "dtype": "float32", "layout": "NC"},
-        "normalisation": {"mean": [0.1, 0.4, 0.7], "std": [0.2, 0.3, 0.5], "inside": True},
+        "normalisation": {"mean": [0.1, 0.4, 0.7], "std": [0.2, 0.3, 0.5], "resize": None, "inside": True},
         "fmtune": version("fmtune"),
     }
 
@@ -169,7 +169,7 @@ def test_json_beside_weights_says_that_the_user_normalises_and_how_to_rebuild_th
     export(_save_run(tmp_path / "run", model), tmp_path / "model.safetensors", "safetensors")
     content = json.loads((tmp_path / "model.safetensors.json").read_text(encoding="utf-8"))
     assert content["input"]["dtype"] == "float32"
-    assert content["normalisation"] == {"mean": [0.286], "std": [0.353], "inside": False}
+    assert content["normalisation"] == {"mean": [0.286], "std": [0.353], "resize": None, "inside": False}
     assert content["shape"] == [1, 10, 14]
     assert content["model"] == model.config.model.model_dump(mode="json")
 

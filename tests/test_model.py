@@ -7,9 +7,10 @@ import torch
 import torchvision
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torchvision.transforms import functional
 
 from fmtune.config import ModelConfig, OptimConfig
-from fmtune.model import STAGES, Pixels, Preprocess, ResNet, SubsampledConv2d, count_parameters, create_model
+from fmtune.model import STAGES, Pixels, Preprocess, ResNet, count_parameters, create_model, stages_to_logits
 from fmtune.optim import Optimization
 
 
@@ -177,9 +178,38 @@ def test_frozen_batch_norm_uses_its_statistics_in_training_too() -> None:
     assert torch.equal(network.train()(images), network.eval()(images))
 
 
-@pytest.mark.parametrize("size", [7, 8])
-def test_a_subsampled_convolution_is_the_strided_one(size: int) -> None:
-    ours, theirs = SubsampledConv2d(6, 10, 2), nn.Conv2d(6, 10, 1, stride=2, bias=False)
-    theirs.load_state_dict(ours.state_dict())
-    images = _random_images(3, 6, size, size)
-    assert torch.allclose(ours(images), theirs(images), atol=1e-6)
+def test_stages_are_counted_from_the_head() -> None:
+    """Every parameter of a network, each kind of name once."""
+    network = create_model(ModelConfig(width=4, head="stack"), 1, 3)
+    found = {name.split(".")[0]: stages_to_logits(name) for name, _ in network.named_parameters()}
+    stages = {"conv1": 5, "bn1": 5, "layer1": 4, "layer2": 3, "layer3": 2, "layer4": 1}
+    assert found == stages | {"fc": 0, "head": 0}
+
+
+@pytest.mark.parametrize("stage", range(6))
+@torch.no_grad()
+def test_stages_one_after_the_other_are_the_network(stage: int) -> None:
+    network = create_model(ModelConfig(width=4), 1, 3).eval()
+    images = _random_images(2, 1, 12, 12)
+    assert torch.equal(network(network.forward_stages(images, 0, stage), first=stage), network(images))
+
+
+def test_unfreezing_makes_all_parameters_trainable_and_batch_norms_learn() -> None:
+    network = create_model(ModelConfig(width=4, pretrained="imagenet", freeze=5), 1, 3)
+    network.unfreeze()
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert all(module.training for module in network.train().modules())
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "expected"), [((8, 8), 12, (12, 12)), ((9, 6), 4, (6, 4)), ((6, 9), 8, (8, 12))]
+)
+def test_preprocess_brings_the_shorter_side_to_resize(
+    size: tuple[int, int], resize: int, expected: tuple[int, int]
+) -> None:
+    """Against torchvision's own resizing of float images."""
+    images = torch.randint(0, 256, (2, 1, *size), dtype=torch.uint8)
+    ours = Preprocess(Pixels(1, (0.5,), (0.25,), resize), 3)(images)
+    assert ours.shape == (2, 3, *expected)
+    theirs = functional.resize((images / 255 - 0.5) / 0.25, list(expected), antialias=True)
+    assert torch.allclose(ours, theirs.expand(-1, 3, -1, -1), atol=1e-5)

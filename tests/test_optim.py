@@ -89,7 +89,7 @@ def test_label_smoothing_gives_the_hand_worked_loss() -> None:
     """Logits (1, 0, 0), label 0, smoothing 0.3: targets are (0.8, 0.1, 0.1), so the loss is ln(e + 2) - 0.8."""
     config = TrialConfig(augment=AugmentConfig(flip=False, translate=0), optim=OptimConfig(label_smoothing=0.3))
     images = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
-    loss = _training_loss(nn.Flatten(), Preprocess(Pixels.unit(3), 3), images, torch.tensor([0]), config, Generator())
+    loss = _training_loss(nn.Flatten(), Preprocess(Pixels.unit(3), 3)(images), torch.tensor([0]), config, Generator())
     assert loss.item() == pytest.approx(math.log(math.e + 2) - 0.8, abs=1e-6)
 
 
@@ -129,6 +129,22 @@ def test_all_groups_of_an_optimizer_share_the_scheduled_rate(name: Name, schedul
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
+@pytest.mark.parametrize("name", NAMES)
+def test_layer_decay_lowers_the_rate_stage_by_stage_toward_the_input(name: Name, schedule: Any) -> None:
+    """Hand-worked for a factor of 0.5: the head has the rate, layer4 half of it, ..., the stem 1/32, at every step."""
+    network = _network()
+    config = OptimConfig(name=name, lr=0.01, schedule=schedule, layer_decay=0.5)
+    optimization = Optimization(network, config, steps=10)
+    halvings = {"fc": 0, "layer4": 1, "layer3": 2, "layer2": 3, "layer1": 4, "conv1": 5, "bn1": 5}
+    expected = {p.data_ptr(): halvings[key.split(".")[0]] for key, p in network.named_parameters()}
+    for _ in range(10):
+        groups = [group for optimizer in optimization.optimizers for group in optimizer.param_groups]
+        rates = {p.data_ptr(): group["lr"] for group in groups for p in group["params"]}
+        assert rates == pytest.approx({key: optimization.learning_rate / 2**n for key, n in expected.items()})
+        optimization.minimise(_sum_of_parameters(network))
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
 @pytest.mark.parametrize("steps", range(1, 10))
 def test_a_training_of_few_steps_has_a_rate_for_each(steps: int, schedule: Any) -> None:
     """Property: 0 < rate <= peak, however short the training is."""
@@ -145,7 +161,7 @@ def test_conv_muon_steps_as_torchs_muon_on_the_flattened_weight(
     generator = Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(shape, generator=generator).to(memory_format=memory_format))
     matrix = nn.Parameter(weight.detach().reshape(shape[0], -1).clone())
-    ours = ConvMuon([weight], lr=0.1, momentum=0.9, weight_decay=0.1)
+    ours = ConvMuon([{"params": [weight], "weight_decay": 0.1}], lr=0.1, momentum=0.9)
     theirs = Muon([matrix], lr=0.1, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     step_size = 0.1 * 0.2 * math.sqrt(max(matrix.shape))
     for _ in range(3):
@@ -165,7 +181,7 @@ def test_conv_muons_update_is_of_the_size_of_adamws() -> None:
     generator = Generator().manual_seed(0)
     weight = nn.Parameter(torch.zeros(32, 8, 3, 3))
     weight.grad = torch.randn(weight.shape, generator=generator)
-    muon = ConvMuon([weight], lr=0.1, momentum=0.9, weight_decay=0.0)
+    muon = ConvMuon([{"params": [weight], "weight_decay": 0.0}], lr=0.1, momentum=0.9)
     muon.take_gradients()
     muon.step()
     assert float(weight.detach().square().mean().sqrt()) == pytest.approx(0.2 * 0.1, rel=0.3)

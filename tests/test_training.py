@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import shutil
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from fmtune.batches import Batches
 from fmtune.config import AugmentConfig, ModelConfig, OptimConfig, TrialConfig
 from fmtune.errors import NonFiniteLoss
 from fmtune.model import Pixels, Preprocess, create_model
-from fmtune.training import EpochMetrics, TrainingState, _training_loss, evaluate, fit, select_precision
+from fmtune.training import EpochMetrics, TrainingState, _training_loss, evaluate, fit, select_precision, should_compile
 
 PLAIN = AugmentConfig(flip=False, translate=0)
 TINY = ModelConfig(width=4, stem="small")
@@ -351,7 +352,7 @@ def test_mixed_images_count_for_both_labels_by_their_shares(kind: str, smoothing
     augment = AugmentConfig.model_validate({"flip": False, "translate": 0, kind: 0.7})
     config = _config(augment=augment, optim=OptimConfig(label_smoothing=smoothing))
     network, batches = _linear(3), _noise(9, classes=3)
-    loss = _training_loss(network, PREPROCESS, batches.images, batches.labels, config, Generator().manual_seed(5))
+    loss = _training_loss(network, PREPROCESS(batches.images), batches.labels, config, Generator().manual_seed(5))
 
     mixed, partner, share = mix(PREPROCESS(batches.images), 0.7, Generator().manual_seed(5))
     logits = network(mixed).detach().double().numpy()
@@ -373,3 +374,76 @@ def test_precision_asked_for_is_the_precision_selected(precision: Literal["fp32"
 
 def test_automatic_precision_is_one_that_needs_no_loss_scaling() -> None:
     assert select_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
+
+
+THAWING = ModelConfig(width=4, stem="small", pretrained="imagenet", freeze=3, unfreeze_epoch=3)
+FROZEN = ("conv1.", "bn1.", "layer1.", "layer2.")
+"""What begins the names of all that 3 frozen stages have."""
+
+
+@pytest.mark.parametrize("translate", [0, 1], ids=["kept outputs", "images"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "muon"])
+def test_frozen_stages_stay_bit_for_bit_until_they_thaw(name: str, translate: int) -> None:
+    config = _config(
+        epochs=3,
+        batch_size=8,
+        model=THAWING,
+        augment=AugmentConfig(flip=False, translate=translate),
+        optim=OptimConfig.model_validate({"name": name, "lr": 0.02}),
+    )
+    network = create_model(THAWING, 1, 2)
+    before = copy.deepcopy(network.state_dict())
+    changed: list[set[str]] = []
+    with_state: list[int] = []
+
+    def report(_: EpochMetrics, state: TrainingState) -> None:
+        weights = state.network.state_dict()
+        changed.append({key for key in weights if not torch.equal(weights[key], before[key])})
+        with_state.append(sum(len(optimizer.state) for optimizer in state.optimization.optimizers))
+
+    fit(network, PREPROCESS, _dark_and_bright(24), None, config, seed=0, report=report)
+    free = {key for key in before if not key.startswith(FROZEN)}
+    assert changed[0] <= free
+    assert changed[1] == free
+    assert changed[2] == set(before)
+    assert with_state[0] == with_state[1] < with_state[2] == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_training_resumed_around_its_thaw_equals_one_in_a_single_go(stop: int) -> None:
+    config = _config(epochs=4, batch_size=8, model=THAWING)
+
+    def create(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return create_model(THAWING, 1, 2)
+
+    whole = create(0)
+    _fit_until(4, whole, config)
+    part, _ = _fit_until(stop, create(0), config)
+    resumed = create(1)
+    _fit_until(4, resumed, config, resume_from=torch.load(io.BytesIO(part), weights_only=True))
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "steps", "expected"),
+    [
+        ("auto", "cuda", 20_000, True),
+        ("auto", "cuda", 19_999, False),
+        ("auto", "cpu", 10**9, False),
+        (True, "cpu", 1, True),
+        (False, "cuda", 10**9, False),
+    ],
+)
+def test_compiling_is_decided_by_device_and_planned_steps(asked: Any, device: str, steps: int, expected: bool) -> None:
+    assert should_compile(asked, torch.device(device), steps) == expected
+
+
+def test_a_compiled_training_is_the_plain_one_but_for_rounding() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler, g++")
+    losses = [
+        [epoch.train_loss for epoch in _fit(_linear(2, 64), _dark_and_bright(20), _config(epochs=2, compile=compiled))]
+        for compiled in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

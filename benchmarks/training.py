@@ -95,7 +95,7 @@ def measure_ray(epochs: int, seed: int) -> dict[str, float]:
     """The default configuration as a trial on Ray."""
     # Only here, so that no other measurement pays for Ray's memory.
     from fmtune.trial import SharedData, Task
-    from fmtune.tuner import TaskList, Until, run_trials
+    from fmtune.tuner import TaskRounds, Until, run_trials
 
     config, resources = TrialConfig(epochs=epochs), ResourcesConfig(cpus=CORES)
     watcher = _Watcher()
@@ -106,7 +106,7 @@ def measure_ray(epochs: int, seed: int) -> dict[str, float]:
             run_trials(
                 SharedData.of(data),
                 resources,
-                TaskList([task]),
+                TaskRounds(lambda: [task]),
                 1,
                 name="training",
                 storage=folder,

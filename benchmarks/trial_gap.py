@@ -20,7 +20,7 @@ from fmtune.data import load_training_data
 from fmtune.session import quiet, ray_session
 from fmtune.training import EpochMetrics
 from fmtune.trial import SharedData, Task
-from fmtune.tuner import TaskList, Until, run_trials
+from fmtune.tuner import TaskRounds, Until, run_trials
 
 
 class Clock:
@@ -62,7 +62,7 @@ def main() -> None:
             run_trials(
                 SharedData.of(data),
                 resources,
-                TaskList(tasks),
+                TaskRounds(lambda: tasks),
                 trials,
                 name="gap",
                 storage=folder,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, variance
+from typing import Protocol
 
 from fmtune.checkpoint import TrainedModel, create_trained_model, load_weights
 from fmtune.config import ResourcesConfig
@@ -17,10 +19,15 @@ from fmtune.run import TrialRecord
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
 from fmtune.trial import SharedData, Task, derive_seed
-from fmtune.tuner import TaskList, Until, run_trials, whole_machine
+from fmtune.tuner import TaskRounds, Until, run_trials, whole_machine
+from fmtune.view import Board
 
 _REFIT = 0
 """Round of the refit's seed; the finalists' rounds count from 1."""
+_MAX_ROUNDS = 5
+"""Fresh seeds of each finalist at most."""
+_CLEAR_ERRORS = 3
+"""Standard errors of a lead from which on retraining would not change who leads."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,90 @@ def mean_of(results: Sequence[EpochMetrics], metric: str) -> float:
     return fmean(value for value in values if value is not None)
 
 
+class _TaskSource(Protocol):
+    """Proposes tasks in rounds, and has what becomes of each by its name."""
+
+    outcomes: dict[str, tuple[Task, _Outcome]]
+
+    def next_round(self) -> Sequence[Task]: ...
+
+
+class _Single:
+    """One task."""
+
+    def __init__(self, task: Task) -> None:
+        self.outcome = _Outcome()
+        self.outcomes = {task.name: (task, self.outcome)}
+        self._waiting = [task]
+
+    def next_round(self) -> Sequence[Task]:
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+
+class _Rounds:
+    """The leaders trained from fresh seeds, one seed each a round, until one of them stands out.
+
+    Args:
+        leaders: the trials to retrain.
+        create_task: makes a leader's task of a round, counted from 1, under a name.
+        timing: whether there is time for one more round.
+        board: by which metric they are compared.
+    """
+
+    def __init__(
+        self,
+        leaders: Sequence[TrialRecord],
+        create_task: Callable[[TrialRecord, int, str], Task],
+        timing: Timing,
+        board: Board,
+    ) -> None:
+        self.outcomes: dict[str, tuple[Task, _Outcome]] = {}
+        self._leaders, self._create_task, self._timing, self._board = leaders, create_task, timing, board
+        self._rounds: list[list[str]] = []
+
+    def next_round(self) -> Sequence[Task]:
+        number = len(self._rounds) + 1
+        over = number > _MAX_ROUNDS or not self._timing.has_round(self._leaders, is_first=number == 1)
+        if over or stands_out([self._values(found) for found in self.results().values()]):
+            return []
+        tasks = [self._create_task(r, number, f"finalist-{r.number:05d}-{number}") for r in self._leaders]
+        self.outcomes |= {task.name: (task, _Outcome()) for task in tasks}
+        self._rounds.append([task.name for task in tasks])
+        return tasks
+
+    def results(self) -> dict[int, list[EpochMetrics]]:
+        """The last epoch of each seed by trial number, of the rounds that all leaders got through; empty without."""
+        whole = [names for names in self._rounds if all(map(self._is_done, names))]
+        # Means over unequal numbers of seeds, of rounds that the time cut short, would not compare.
+        by_leader = zip(*whole, strict=True)
+        return {
+            record.number: [self.outcomes[name][1].history[-1] for name in names]
+            for record, names in zip(self._leaders, by_leader, strict=False)
+        }
+
+    def _is_done(self, name: str) -> bool:
+        task, outcome = self.outcomes[name]
+        return len(outcome.history) == task.config.epochs
+
+    def _values(self, results: Sequence[EpochMetrics]) -> list[float]:
+        values = [result.as_dict()[self._board.metric] or 0.0 for result in results]
+        return values if self._board.larger else [-value for value in values]
+
+
+def stands_out(values: Sequence[Sequence[float]]) -> bool:
+    """Whether the best mean is ahead of the next by more than the standard error of their difference.
+
+    Args:
+        values: of each candidate from as many seeds; more is better. With fewer than two seeds none stands out.
+    """
+    if len(values) < 2 or len(values[0]) < 2:
+        return False
+    first, second = sorted(values, key=fmean, reverse=True)[:2]
+    error = math.sqrt((variance(first) + variance(second)) / len(first))
+    return fmean(first) - fmean(second) > error
+
+
 class Chooser:
     """Arrives at a `Choice` within the time that is left."""
 
@@ -88,25 +179,27 @@ class Chooser:
         leaders = [record for record in ranked if record.state == "complete"][: search.finalists]
         if len(leaders) < 2:
             return {}
-        rounds = self._timing.finalist_rounds(leaders)
-        if rounds == 0:
+        if lead := self._clear_lead(leaders):
+            context.view.note(f"trial {leaders[0].number} leads by {lead}; it is taken without retraining finalists")
+            return {}
+        if not self._timing.has_round(leaders, is_first=True):
             context.view.note("no time is left to retrain the finalists; the leader is taken as it is")
             return {}
         context.board.phase = f"retraining {len(leaders)} finalists"
-        tasks = [
-            self._fresh_task(record, round_, f"finalist-{record.number:05d}-{round_}")
-            for round_ in range(1, rounds + 1)
-            for record in leaders
-        ]
-        outcomes = self._run(tasks, context.shared, context.space.resources, "finalists", leaders)
-        results: dict[int, list[EpochMetrics]] = {record.number: [] for record in leaders}
-        for record, task in zip(leaders * rounds, tasks, strict=True):
-            history = outcomes[task.name].history
-            if len(history) == record.config.epochs:
-                results[record.number].append(history[-1])
-        # Means over unequal numbers of seeds, of rounds that the time cut short, would not compare.
-        complete = min(map(len, results.values()))
-        return {number: found[:complete] for number, found in results.items()} if complete else {}
+        rounds = _Rounds(leaders, self._fresh_task, self._timing, context.board)
+        self._run(rounds, context.shared, context.space.resources, "finalists", _MAX_ROUNDS * len(leaders), leaders)
+        return rounds.results()
+
+    def _clear_lead(self, leaders: Sequence[TrialRecord]) -> str | None:
+        """The leader's lead in words where chance in the validation rows does not explain it, else None."""
+        if self._context.board.metric != "val_accuracy":
+            return None
+        first, second = (self._context.board.value(record) or 0.0 for record in leaders[:2])
+        # Of a difference between two accuracies on so many images (binomial).
+        error = math.sqrt((first * (1 - first) + second * (1 - second)) / len(self._context.data.validation_rows))
+        if first - second <= _CLEAR_ERRORS * error:
+            return None
+        return f"{100 * (first - second):.2f} points, more than {_CLEAR_ERRORS} standard errors of {100 * error:.2f}"
 
     def _pick(self, ranked: Sequence[TrialRecord], finalists: Mapping[int, Sequence[EpochMetrics]]) -> TrialRecord:
         """The finalist with the best mean, or the leader where there was no retraining."""
@@ -131,7 +224,9 @@ class Chooser:
         resources = whole_machine(context.space.resources) if alone else context.space.resources
         shared = replace(context.shared, pixels=self._all_pixels())
         task = replace(self._fresh_task(winner, _REFIT, "refit"), rows="all")
-        outcome = self._run([task], shared, resources, "refit")[task.name]
+        single = _Single(task)
+        self._run(single, shared, resources, "refit", 1)
+        outcome = single.outcome
         if outcome.checkpoint is None or len(outcome.history) < winner.config.epochs:
             reason = outcome.cause or "out of time"
             context.view.note(f"the refit did not finish ({reason}); the winner's own weights are taken")
@@ -140,30 +235,29 @@ class Chooser:
 
     def _run(
         self,
-        tasks: Sequence[Task],
+        rounds: _TaskSource,
         shared: SharedData,
         resources: ResourcesConfig,
         phase: str,
+        most: int,
         leaders_to_refit: Sequence[TrialRecord] = (),
-    ) -> dict[str, _Outcome]:
-        """Run tasks to their end, or until only the refit and the closing have time left."""
-        collector = _Collector(tasks, self._timing, self._context)
+    ) -> None:
+        """Run the tasks of all rounds, or until only the refit and the closing have time left."""
+        collector = _Collector(rounds, self._timing, self._context)
         reserve = self._timing.refit_seconds(leaders_to_refit)
         run_trials(
             shared,
             resources,
-            TaskList(tasks),
-            len(tasks),
+            TaskRounds(rounds.next_round),
+            most,
             name=self._context.experiment_name(phase),
             storage=str(self._context.storage),
             watcher=collector,
             until=Until(lambda: self._timing.is_late(reserve)),
         )
-        for task in tasks:
+        for task, outcome in rounds.outcomes.values():
             rows = len(self._context.data.images) if task.rows == "all" else None
-            epochs = len(collector.outcomes[task.name].history)
-            self._images_trained += self._context.images_trained(task.config, epochs, rows)
-        return collector.outcomes
+            self._images_trained += self._context.images_trained(task.config, len(outcome.history), rows)
 
     def _fresh_task(self, record: TrialRecord, round_: int, name: str) -> Task:
         seed = derive_seed(self._context.space.search.seed, record.number, round_)
@@ -182,28 +276,31 @@ class Chooser:
 class _Collector:
     """Keeps what becomes of tasks outside the search."""
 
-    def __init__(self, tasks: Sequence[Task], timing: Timing, context: RunContext) -> None:
-        self.outcomes = {task.name: _Outcome() for task in tasks}
-        self._timing, self._context = timing, context
+    def __init__(self, rounds: _TaskSource, timing: Timing, context: RunContext) -> None:
+        self._rounds, self._timing, self._context = rounds, timing, context
 
     def on_start(self, task: Task) -> None:
         pass
 
     def on_epoch(self, task: Task, metrics: EpochMetrics) -> None:
-        self.outcomes[task.name].history.append(metrics)
+        self._outcome(task).history.append(metrics)
         self._context.view.refresh()
 
     def on_checkpoint(self, task: Task, folder: str) -> None:
-        self.outcomes[task.name].checkpoint = folder
+        self._outcome(task).checkpoint = folder
 
     def on_end(self, task: Task, cause: str | None) -> None:
-        self.outcomes[task.name].cause = cause
+        self._outcome(task).cause = cause
         if cause:
             self._context.view.note(f"{task.name} failed: {cause}")
 
     def on_tick(self) -> None:
         self._context.check_interrupt()
         self._timing.save_clock()
+
+    def _outcome(self, task: Task) -> _Outcome:
+        _, outcome = self._rounds.outcomes[task.name]
+        return outcome
 
 
 def load_trial_model(context: RunContext, record: TrialRecord) -> TrainedModel:

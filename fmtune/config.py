@@ -97,11 +97,15 @@ class SearchConfig(Config):
     """Trials to start at most, the baseline among them."""
     time: Duration | None = None
     """Wall-clock seconds of the whole command, finalists and refit included."""
+    cost: PositiveFloat | None = None
+    """Money that the command may take, in the currency of `resources.price`."""
     metric: Literal["val_accuracy", "val_loss"] = "val_accuracy"
     """What decides: accuracy is maximised, loss minimised."""
     sampler: Literal["tpe", "random", "cmaes", "gp", "grid"] = "tpe"
     scheduler: Literal["asha", "median", "none"] = "asha"
     """Which trials are stopped before their last epoch."""
+    rung: Literal["epochs", "seconds"] = "epochs"
+    """What asha compares trials at equal amounts of; with seconds of training a slow network must earn its time."""
     finalists: NonNegativeInt = 3
     """Leaders retrained to the end with fresh seeds before one is chosen; 0 and 1 take the leader as it is."""
     tries: Annotated[tuple[dict[str, Any], ...], Field(alias="try", strict=False)] = ()
@@ -110,6 +114,13 @@ class SearchConfig(Config):
     """Whether the winner is trained once more on the training and validation rows together."""
     seed: NonNegativeInt = 0
     """Seed of the sampler, and with the trial's number of everything random in a trial."""
+
+    @model_validator(mode="after")
+    def _seconds_need_a_time(self) -> SearchConfig:
+        has_limit = self.time is not None or self.cost is not None
+        if self.rung == "seconds" and not (has_limit and self.scheduler == "asha"):
+            raise ValueError("rung: seconds divides the time for asha; set time or cost, and scheduler to asha")
+        return self
 
     @property
     def mode(self) -> Literal["max", "min"]:
@@ -126,6 +137,8 @@ class ResourcesConfig(Config):
     """CPUs of each worker; null gives 1 to each worker of a search, and all to a single training."""
     gpus: NonNegativeFloat = 0
     """GPUs of each worker; a fraction lets trials share one."""
+    price: PositiveFloat | None = None
+    """What an hour of all machines together costs."""
 
 
 class ModelConfig(Config):

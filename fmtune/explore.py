@@ -13,10 +13,10 @@ from fmtune.run import State, TrialRecord
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
 from fmtune.trial import Task
-from fmtune.tuner import STUDY, StudySearch, Until, create_scheduler, run_trials, tell
+from fmtune.tuner import STUDY, StudySearch, Until, count_slots, create_scheduler, run_trials, tell
 
 _BASELINE_SHARE = 0.25
-"""Part of `search.time` that the baseline may take."""
+"""Part of the time that the baseline may take."""
 _SAME_FAILURES = 5
 """Failures of one cause in a row that end the search: the next trial would fail as well."""
 _STATES: dict[TrialState, State] = {
@@ -44,7 +44,7 @@ class Exploration:
         earlier = [record for record in self._records.values() if record.state != "running"]
         interrupted = [record for record in self._records.values() if record.state == "running"]
         tasks = [context.task_of(record) for record in interrupted]
-        searcher = StudySearch(context.space, storage, len(self._records), tasks)
+        searcher = StudySearch(context.space, storage, len(self._records), tasks, self._timing.can_begin)
         remaining = context.space.trials - len(earlier)
         if remaining > 0 and not self._timing.search_is_over():
             run_trials(
@@ -56,7 +56,8 @@ class Exploration:
                 storage=str(context.storage),
                 watcher=self,
                 until=Until(self._is_over, self._baseline_is_over),
-                scheduler=create_scheduler(context.space, earlier),
+                scheduler=create_scheduler(context.space, earlier, count_slots(context.space.resources)),
+                pooled=not context.space.is_single,
             )
         self._close_running(searcher.study)
 
@@ -140,7 +141,7 @@ class Exploration:
 
     def _baseline_is_over(self, task: Task, result: dict[str, float]) -> bool:
         """Whether the baseline's next epoch would take it over its share of the time."""
-        limit = self._context.space.search.time
+        limit = self._context.space.time_limit
         if task.number != 0 or limit is None or not self._context.board.has_baseline:
             return False
         return result["seconds"] * (1 + 1 / result["epoch"]) > _BASELINE_SHARE * limit

@@ -9,12 +9,13 @@ from rich.console import Console
 
 from fmtune.data import TrainingData, load_training_data
 from fmtune.model import count_parameters, create_model
+from fmtune.probe import count_full_trainings, probe_space
 from fmtune.space import Space
 from fmtune.view import format_seconds
 
 
 def print_plan(console: Console, space: Space, path: Path) -> None:
-    """Read the data and say what would be run, where, and for how long; nothing is started.
+    """Read the data, try a few training steps, and say what would be run, for how long; nothing else is started.
 
     Raises:
         DataError: the training source is missing or malformed.
@@ -36,7 +37,10 @@ def _describe(space: Space, data: TrainingData, path: Path) -> list[tuple[str, s
         lines.append(("trials", f"{space.trials}, by {search.sampler}, stopped early by {search.scheduler}"))
         lines.append(("then", f"{search.finalists} finalists, refit: {'yes' if search.refit else 'no'}"))
         lines += [("searched", f"{key}: {searched.as_yaml()}") for key, searched in space.ranges.items()]
-    lines.append(("time", format_seconds(search.time) if search.time else "no limit"))
+    limit = space.time_limit
+    lines.append(("time", format_seconds(limit) if limit else "no limit"))
+    if search.cost is not None:
+        lines.append(("cost", f"{search.cost:g} at most, at {resources.price:g} an hour"))
     network = create_model(space.baseline.model, channels, len(data.classes))
     what = "network" if space.is_single else "baseline"
     lines.append((what, f"{count_parameters(network):,} parameters, {space.baseline.epochs} epochs"))
@@ -47,5 +51,32 @@ def _describe(space: Space, data: TrainingData, path: Path) -> list[tuple[str, s
             f"{resources.workers} worker(s) of {cpus} CPUs and {resources.gpus:g} GPUs; {os.cpu_count()} CPUs here",
         )
     )
-    lines.append(("run", str(path)))
+    return [*lines, *_describe_probes(space, data), ("run", str(path))]
+
+
+def _describe_probes(space: Space, data: TrainingData) -> list[tuple[str, str]]:
+    """What the cheapest and the dearest configuration would take, from a few steps of each."""
+    slots = _count_slots(space)
+    probes, memory = probe_space(space, data, threads=max(1, (os.cpu_count() or 1) // slots))
+    names = ["cheapest", "dearest"] if len(probes) > 1 else ["training"]
+    lines = [
+        (name, f"{probe.epoch_seconds:.1f} s an epoch, {probe.seconds:.0f} s to its end, by a few steps tried now")
+        for name, probe in zip(names, probes, strict=True)
+    ]
+    if space.time_limit and not space.is_single:
+        fewest, most = count_full_trainings(probes, space.time_limit, slots)
+        span = f"{fewest} to {most}" if fewest < most else str(most)
+        lines.append(("fits", f"{span} trainings to the last epoch, {slots} side by side; more where they stop early"))
+    if not space.time_limit and space.resources.price is not None:
+        hours = space.trials * probes[-1].seconds / slots / 3600
+        lines.append(("cost", f"{hours * space.resources.price:.2f} at most, if no trial stops early"))
+    disk = space.trials * max(probe.checkpoint_bytes for probe in probes)
+    lines.append(("memory", f"{memory / 2**20:,.0f} MiB in each trial's process, as in this one"))
+    lines.append(("disk", f"{disk / 2**20:,.0f} MiB of checkpoints at most"))
     return lines
+
+
+def _count_slots(space: Space) -> int:
+    """Trials that fit side by side on the CPUs here; one at least."""
+    wanted = space.resources.workers * (space.resources.cpus or 1)
+    return 1 if space.is_single else max(1, int((os.cpu_count() or 1) / wanted))

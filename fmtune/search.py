@@ -226,7 +226,7 @@ def _choose(context: RunContext, timing: Timing, is_local: bool) -> Choice:
 
 
 def _create_board(space: Space, data: TrainingData, folder: RunFolder, started: float) -> Board:
-    limit = space.search.time
+    limit = space.time_limit
     return Board(
         title=f"{folder.path.name}: {data.loaded.source} ({data.loaded.origin}), {len(data.train_rows):,} training and "
         f"{len(data.validation_rows):,} validation images",

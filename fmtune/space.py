@@ -71,6 +71,9 @@ class Space:
             fixed=sections.fixed,
             ranges=_order_by_conditions(sections.ranges),
         )
+        if space.search.cost is not None and space.resources.price is None:
+            place = document.place("search.cost")
+            raise SpaceError(f"{place}: search.cost: what an hour costs is not known; set resources.price")
         space._check_samples(document)
         return space
 
@@ -108,6 +111,14 @@ class Space:
                 for drawn in ([{key: value} for value in searched.grid] if self._is_active(searched, point) else [{}])
             ]
         return points
+
+    @property
+    def time_limit(self) -> float | None:
+        """Seconds that the whole run may take, by `search.time` and by what `search.cost` pays for."""
+        limits = [self.search.time] if self.search.time is not None else []
+        if self.search.cost is not None and self.resources.price is not None:
+            limits.append(3600 * self.search.cost / self.resources.price)
+        return min(limits, default=None)
 
     @property
     def trials(self) -> int:

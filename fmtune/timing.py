@@ -12,13 +12,11 @@ from fmtune.space import Space
 from fmtune.view import Board
 
 _ENDING_SHARE = 0.5
-"""Part of `search.time` that finalists and refit may be set aside at most."""
+"""Part of the time that finalists and refit may be set aside at most."""
 _PHASE_SECONDS = 8.0
 """Seconds that a phase takes beside training: processes start and import torch."""
 _CLOSING_SECONDS = 12.0
 """Seconds set aside for the test split, the report and the end of Ray."""
-_MAX_ROUNDS = 3
-"""Fresh seeds of each finalist at most."""
 _CLOCK_SECONDS = 1.0
 """Seconds between notes of the time used."""
 
@@ -37,34 +35,43 @@ class Timing:
     def __init__(
         self, space: Space, folder: RunFolder, board: Board, rows_ratio: float, slots: Callable[[], int]
     ) -> None:
-        self._search, self._folder, self._board = space.search, folder, board
+        self._search, self._limit, self._folder, self._board = space.search, space.time_limit, folder, board
         self._rows_ratio, self._slots = rows_ratio, slots
         self._saved = 0.0
 
     def search_is_over(self) -> bool:
         """Whether the time left is needed for finalists, refit and closing."""
-        if self._board.left is None or self._search.time is None:
-            return False
+        return self._search_seconds() <= 0
+
+    def can_begin(self) -> bool:
+        """Whether the time left carries the cheapest trial so far, begun anew, to its first epoch's end."""
+        first_epochs = [r.history[0].seconds for r in list(self._board.records.values()) if r.history]
+        return self._search_seconds() > min(first_epochs, default=0.0)
+
+    def _search_seconds(self) -> float:
+        """Seconds left for the search itself."""
+        if self._board.left is None or self._limit is None:
+            return math.inf
         leaders = self._leaders()
         if not leaders:
             # Without a trial to choose there is nothing to set time aside for.
-            return self._board.left <= 0
+            return self._board.left
         refit, finalists = self.refit_seconds(leaders), self._finalists_seconds()
         # What would take too much of the time is left out: the search itself finds more. Trials take a while to end.
         reserves = (refit + finalists + _PHASE_SECONDS if finalists else refit, refit, 0.0)
-        reserve = next(seconds for seconds in reserves if seconds <= _ENDING_SHARE * self._search.time)
-        return self._board.left < reserve + _CLOSING_SECONDS
+        reserve = next(seconds for seconds in reserves if seconds <= _ENDING_SHARE * self._limit)
+        return self._board.left - reserve - _CLOSING_SECONDS
 
     def is_late(self, reserve: float = 0.0) -> bool:
         """Whether only `reserve` seconds and the closing are left."""
         return self._board.left is not None and self._board.left < reserve + _CLOSING_SECONDS
 
-    def finalist_rounds(self, leaders: Sequence[TrialRecord]) -> int:
-        """Fresh seeds of each finalist that there is time for before the refit."""
+    def has_round(self, leaders: Sequence[TrialRecord], is_first: bool) -> bool:
+        """Whether there is time to train each of the leaders once more before the refit."""
         if self._board.left is None:
-            return _MAX_ROUNDS
-        left = self._board.left - _CLOSING_SECONDS - self.refit_seconds(leaders) - _PHASE_SECONDS
-        return max(0, min(_MAX_ROUNDS, int(left / self._round_seconds(leaders))))
+            return True
+        reserve = self.refit_seconds(leaders) + (_PHASE_SECONDS if is_first else 0.0)
+        return self._board.left - _CLOSING_SECONDS - reserve > self._round_seconds(leaders)
 
     def refit_seconds(self, leaders: Sequence[TrialRecord]) -> float:
         """Seconds that a refit of the slowest of these takes on one trial's resources; 0 without a refit."""

@@ -144,30 +144,38 @@ def fit(
     Raises:
         NonFiniteLoss: the training or validation loss became NaN or infinite.
     """
-    pixels = feed_pixels(train, validation, preprocess, config.augment)
-    training = _Training(network, pixels, config, seed, distribute)
-    if resume_from is not None:
-        training.state.load_state_dict(resume_from)
+    training = Training(
+        network, preprocess, train, validation, config, seed=seed, resume_from=resume_from, distribute=distribute
+    )
     while training.state.epoch < config.epochs:
         report(training.run_epoch(), training.state)
 
 
-class _Training:
-    """One network on its way through its epochs; arguments are those of `fit`."""
+class Training:
+    """One network on its way through its epochs; arguments and errors are those of `fit`.
+
+    Attributes:
+        state: where it is.
+    """
 
     def __init__(
         self,
         network: nn.Module,
-        pixels: Feed,
+        preprocess: Preprocess,
+        train: Batches,
+        validation: Batches | None,
         config: TrialConfig,
+        *,
         seed: int,
-        distribute: Distribute | None,
+        resume_from: dict[str, Any] | None = None,
+        distribute: Distribute | None = None,
     ) -> None:
-        self._config, self._seed, self._pixels, self._distribute = config, seed, pixels, distribute
+        self._config, self._seed, self._distribute = config, seed, distribute
+        self._pixels = feed_pixels(train, validation, preprocess, config.augment)
         self._forward: Forward = network
-        self._device = pixels.train.device
+        self._device = train.device
         self._precision = select_precision(config.precision, self._device)
-        self._epoch_steps = pixels.train.steps(config.batch_size, config.drop_last)
+        self._epoch_steps = train.steps(config.batch_size, config.drop_last)
         self._steps = self._epoch_steps * config.epochs
         optimization = Optimization(
             network,
@@ -179,6 +187,8 @@ class _Training:
         kind = config.optim.average
         average = None if kind == "none" else WeightAverage(network, kind, self._steps)
         self.state = TrainingState(network, optimization, average)
+        if resume_from is not None:
+            self.state.load_state_dict(resume_from)
         self._feed: Feed | None = None
 
     def run_epoch(self) -> EpochMetrics:

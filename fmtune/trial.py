@@ -28,7 +28,7 @@ from fmtune.config import ResourcesConfig, TrialConfig
 from fmtune.data import TrainingData, to_arrow, weights_folder
 from fmtune.model import Pixels, create_model
 from fmtune.pretrained import load_pretrained
-from fmtune.training import EpochMetrics, Report, TrainingState, fit
+from fmtune.training import Distribute, EpochMetrics, Report, Training, TrainingState
 
 _WORKER_DEATHS = 3
 """Deaths of workers after which a DDP trial is given up."""
@@ -111,7 +111,7 @@ def run_trial(config: dict[str, Any], *, data: SharedData, resources: ResourcesC
     if resources.workers > 1:
         _run_distributed(task, data, resources)
         return
-    _set_threads(resources)
+    set_threads(resources)
     device = torch.device("cuda" if resources.gpus else "cpu")
     _train(task, data, device, rank=0, workers=1, report=_report_to_tune)
 
@@ -145,7 +145,7 @@ def _run_distributed(task: Task, data: SharedData, resources: ResourcesConfig) -
 def _run_worker(config: dict[str, Any]) -> None:
     """The loop of one DDP worker."""
     task: Task = config["task"]
-    _set_threads(config["resources"])
+    set_threads(config["resources"])
     context, checkpoint = ray.train.get_context(), ray.train.get_checkpoint()
     with checkpoint.as_directory() if checkpoint is not None else nullcontext(task.resume_from) as folder:
         _train(
@@ -159,6 +159,25 @@ def _run_worker(config: dict[str, Any]) -> None:
 
 
 def _train(task: Task, shared: SharedData, device: torch.device, rank: int, workers: int, report: Report) -> None:
+    distribute = ray.train.torch.prepare_model if workers > 1 else None
+    training = create_training(task, shared, device, rank, workers, distribute)
+    while training.state.epoch < task.config.epochs:
+        report(training.run_epoch(), training.state)
+
+
+def create_training(
+    task: Task, shared: SharedData, device: torch.device, rank: int, workers: int, distribute: Distribute | None
+) -> Training:
+    """A task made ready to train, at the epoch of its checkpoint if it has one.
+
+    Args:
+        task: what to train.
+        shared: the data.
+        device: of this process.
+        rank: this process's place among `workers`.
+        workers: processes that train the task together.
+        distribute: wraps the network for them.
+    """
     config = task.config
     images, labels = tensors_on_device(shared, device)
     rows = np.union1d(shared.train_rows, shared.validation_rows) if task.rows == "all" else shared.train_rows
@@ -168,17 +187,15 @@ def _train(task: Task, shared: SharedData, device: torch.device, rank: int, work
     network = create_model(config.model, shared.pixels.channels, shared.classes)
     if config.model.pretrained is not None and task.resume_from is None:
         load_pretrained(network, config.model, weights_folder())
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fit(
-        network,
+    return Training(
+        network.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
         create_preprocess(config, shared.pixels).to(device),
         train,
         None if task.rows == "all" else validation,
         config,
         seed=task.seed,
-        report=report,
         resume_from=load_training(Path(task.resume_from)) if task.resume_from else None,
-        distribute=ray.train.torch.prepare_model if workers > 1 else None,
+        distribute=distribute,
     )
 
 
@@ -197,7 +214,7 @@ def _report_to_train(metrics: EpochMetrics, state: TrainingState) -> None:
         ray.train.report(metrics.as_dict(), checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _set_threads(resources: ResourcesConfig) -> None:
+def set_threads(resources: ResourcesConfig) -> None:
     """Torch's threads as this worker's share of the machine."""
     torch.set_num_threads(max(1, math.floor(resources.cpus or 1)))
 

@@ -20,6 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from fmtune.config import ResourcesConfig, Scalar
 from fmtune.errors import InputError
+from fmtune.pool import PooledTrial
 from fmtune.run import TrialRecord
 from fmtune.space import Space
 from fmtune.training import EpochMetrics
@@ -33,6 +34,8 @@ _STARTUP_TRIALS = 8
 """Random trials before TPE models what it has seen."""
 _REDUCTION = 3
 """ASHA lets one in this many trials go on at each rung, and its rungs are as many times apart."""
+_FIRST_RUNG_SHARE = 1 / 3
+"""Part of the time that all trials of a search together spend on getting to a first rung of seconds."""
 _MEDIAN_MIN_TRIALS = 3
 """Trials of a given epoch that the median rule wants to have seen."""
 
@@ -61,13 +64,20 @@ class _NotStored:
 class StudySearch(_NotStored, OptunaSearch):
     """Ray's OptunaSearch over a `Space`: trial 0 is the baseline, interrupted trials come before fresh ones.
 
+    `has_time` is asked before each trial, and ends the search without ending those in flight.
+
     An Optuna trial ends COMPLETE where it reached its last epoch, PRUNED where it was stopped before, FAIL where it
     died. The baseline lies outside the ranges and has no parameters. TPE passes over such a trial; CMA-ES and the
     Gaussian process search the parameters that all finished trials have in common, so theirs is set FAIL.
     """
 
     def __init__(
-        self, space: Space, storage: optuna.storages.BaseStorage, started: int, interrupted: Sequence[Task]
+        self,
+        space: Space,
+        storage: optuna.storages.BaseStorage,
+        started: int,
+        interrupted: Sequence[Task],
+        has_time: Callable[[], bool],
     ) -> None:
         super().__init__(
             space=space.suggest,
@@ -79,6 +89,7 @@ class StudySearch(_NotStored, OptunaSearch):
         )
         self._searched = space
         self._interrupted = list(interrupted)
+        self._has_time = has_time
         self._tasks: dict[str, Task] = {}
         self._reported: dict[str, int] = {}
 
@@ -87,7 +98,10 @@ class StudySearch(_NotStored, OptunaSearch):
         return cast(optuna.Study, self._ot_study)
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Tune's configuration of the next trial."""
+        """Tune's configuration of the next trial, or its word for no more where no time is left for one."""
+        if not self._has_time():
+            # Ray's type of the method leaves out the marker that its documentation asks for.
+            return Searcher.FINISHED  # type: ignore[return-value]
         if self._interrupted:
             task = self._interrupted.pop(0)
             stored = self.study.get_trials(deepcopy=False)[_number(task)]
@@ -141,19 +155,32 @@ def tell(space: Space, study: optuna.Study, number: int, value: float, is_done: 
         study.tell(number, value)
 
 
-class TaskList(_NotStored, Searcher):
-    """Proposes the tasks of a list, in order, and then no more."""
+class TaskRounds(_NotStored, Searcher):
+    """Proposes tasks round by round: once all of a round have ended it asks for the next, until there is none.
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    Args:
+        next_round: the tasks of the next round; an empty list ends it all.
+    """
+
+    def __init__(self, next_round: Callable[[], Sequence[Task]]) -> None:
         super().__init__(metric="epoch", mode="max")
-        self._tasks = list(tasks)
+        self._next_round = next_round
+        self._tasks: list[Task] = []
+        self._running: set[str] = set()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        # Ray's type of the method leaves out the marker that its documentation asks for.
-        return self._tasks.pop(0).as_dict() if self._tasks else Searcher.FINISHED  # type: ignore[return-value]
+        if not self._tasks:
+            if self._running:
+                return None
+            self._tasks = list(self._next_round())
+        if not self._tasks:
+            # Ray's type of the method leaves out the marker that its documentation asks for.
+            return Searcher.FINISHED  # type: ignore[return-value]
+        self._running.add(trial_id)
+        return self._tasks.pop(0).as_dict()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        pass
+        self._running.discard(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         pass
@@ -231,7 +258,7 @@ class _SparesBaseline(_NotStored, TrialScheduler):
 
 
 class Asha(_SparesBaseline, ASHAScheduler):
-    """Asynchronous successive halving on epochs (Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
+    """Asynchronous successive halving (Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
 
     def replay(self, record: TrialRecord, metric: str) -> None:
         """Enter the epochs of an earlier trial into the rungs, as if it had run here."""
@@ -242,7 +269,8 @@ class Asha(_SparesBaseline, ASHAScheduler):
         for metrics in record.history:
             value = metrics.as_dict()[metric]
             if value is not None:
-                self._brackets[0].on_result(stand_in, metrics.epoch, sign * value)
+                reached: Any = metrics.as_dict()[self._time_attr]
+                self._brackets[0].on_result(stand_in, reached, sign * value)
 
 
 class MedianRule(_SparesBaseline, MedianStoppingRule):
@@ -253,20 +281,40 @@ class MedianRule(_SparesBaseline, MedianStoppingRule):
         return str(TrialScheduler.CONTINUE)
 
 
-def create_scheduler(space: Space, earlier: Sequence[TrialRecord]) -> TrialScheduler:
-    """Tune's scheduler by the name in `search.scheduler`, with what earlier trials of a resumed run showed."""
+def create_scheduler(space: Space, earlier: Sequence[TrialRecord], slots: int) -> TrialScheduler:
+    """Tune's scheduler by the name in `search.scheduler`, with what earlier trials of a resumed run showed.
+
+    Args:
+        space: of the search.
+        earlier: trials that have ended.
+        slots: how many trials run side by side.
+    """
     search = space.search
-    options: dict[str, Any] = {"time_attr": "epoch", "metric": search.metric, "mode": search.mode}
+    options: dict[str, Any] = {"metric": search.metric, "mode": search.mode}
     match search.scheduler:
         case "asha":
-            scheduler = Asha(max_t=max_epochs(space), grace_period=1, reduction_factor=_REDUCTION, **options)
+            scheduler = Asha(**_asha_rungs(space, slots), reduction_factor=_REDUCTION, **options)
             for record in earlier:
                 scheduler.replay(record, search.metric)
             return scheduler
         case "median":
-            return MedianRule(grace_period=1, min_samples_required=_MEDIAN_MIN_TRIALS, **options)
+            return MedianRule(time_attr="epoch", grace_period=1, min_samples_required=_MEDIAN_MIN_TRIALS, **options)
         case _:
             return FIFOScheduler()
+
+
+def _asha_rungs(space: Space, slots: int) -> dict[str, Any]:
+    """Where ASHA's first and last rung lie, on epochs or on seconds of training.
+
+    The first one on seconds lies where all trials together spend a share of the time on getting there, and no trial is
+    ended by the last: it ends with its last epoch.
+    """
+    search = space.search
+    if search.rung == "epochs":
+        return {"time_attr": "epoch", "grace_period": 1, "max_t": max_epochs(space)}
+    assert space.time_limit is not None
+    first = _FIRST_RUNG_SHARE * space.time_limit * slots / search.trials
+    return {"time_attr": "seconds", "grace_period": first, "max_t": space.time_limit, "stop_last_trials": False}
 
 
 def max_epochs(space: Space) -> int:
@@ -335,6 +383,7 @@ def run_trials(
     watcher: Watcher,
     until: Until,
     scheduler: TrialScheduler | None = None,
+    pooled: bool = False,
 ) -> None:
     """Run the tasks that a searcher proposes, as many at a time as there is room for.
 
@@ -348,19 +397,19 @@ def run_trials(
         watcher: told of every epoch, in this process.
         until: what ends trials early, and all of them.
         scheduler: stops trials early; none runs them to their end.
+        pooled: keep the workers of trials that have several up from one trial to the next; without, each trial has a
+            `TorchTrainer` of its own, which takes seconds to start.
     """
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, data=shared, resources=resources), dict(trial_resources(resources))
-    )
+    pooled = pooled and resources.workers > 1
     tuner = tune.Tuner(
-        trainable,
+        _create_trainable(shared, resources, pooled),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=trials,
             max_concurrent_trials=count_slots(resources),
             # A trial blocked in a nested TorchTrainer can't hand its process on.
-            reuse_actors=resources.workers == 1,
+            reuse_actors=pooled or resources.workers == 1,
             trial_dirname_creator=lambda trial: trial.config["name"],
             trial_name_creator=lambda trial: trial.config["name"],
         ),
@@ -369,13 +418,23 @@ def run_trials(
             storage_path=storage,
             stop=until,
             callbacks=[_Reports(watcher)],
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            # Tune asks a pooled trial for its checkpoints; the others bring them.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_frequency=int(pooled)),
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
     )
     tuner.fit()
     watcher.on_tick()
+
+
+def _create_trainable(shared: SharedData, resources: ResourcesConfig, pooled: bool) -> Any:
+    """What Tune runs for each trial, with what Ray sets aside for it."""
+    trainable = PooledTrial if pooled else run_trial
+    amounts: Any = dict(trial_resources(resources))
+    if pooled:
+        amounts = tune.PlacementGroupFactory([{"CPU": 0.0}, *[worker_resources(resources)] * resources.workers])
+    return tune.with_resources(tune.with_parameters(trainable, data=shared, resources=resources), amounts)
 
 
 def check_room(resources: ResourcesConfig, has_shared_storage: bool) -> None:

@@ -168,7 +168,24 @@ def test_a_dry_run_starts_nothing(folder: Path, capsys: pytest.CaptureFixture[st
     assert "rows       160 to train on, 40 to validate on" in out
     assert "time       5:00" in out
     assert "optim.lr: {'log': [0.001, 0.1]}" in out
+    assert re.search(r"training   \d+\.\d s an epoch, \d+ s to its end", out)
+    assert re.search(r"fits       \d+ trainings to the last epoch", out)
+    assert re.search(r"disk       \d+ MiB of checkpoints at most", out)
     assert not (folder / "dry").exists()
+
+
+def test_a_dry_run_tells_cheap_from_dear(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A network of 32 times the width takes longer; what an hour costs bounds the time."""
+    options = ["--set", "trial.model.width={choice: [4, 128]}", "--set", "search.cost=1", "--set", "resources.price=60"]
+    assert _main("search", folder / "tiny.yaml", "--runs", folder / "dry", "--dry-run", *options) == 0
+    out = capsys.readouterr().out
+    assert "time       1:00" in out
+    assert "cost       1 at most, at 60 an hour" in out
+    cheapest, dearest = (
+        float(re.search(rf"{name} +(\d+\.\d+) s an epoch", out)[1])  # type: ignore[index]
+        for name in ("cheapest", "dearest")
+    )
+    assert cheapest < dearest
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -133,17 +134,20 @@ def test_trials_study_and_history_agree(result: RunResult) -> None:
 def test_the_winner_is_the_finalist_with_the_best_mean(result: RunResult) -> None:
     finalists = result.summary["finalists"]
     assert len(finalists) == 2
-    assert all(len(finalist["seeds"]) == 3 for finalist in finalists)
-    means = [sum(seed["val_accuracy"] for seed in finalist["seeds"]) / 3 for finalist in finalists]
+    seeds = {len(finalist["seeds"]) for finalist in finalists}
+    assert len(seeds) == 1
+    assert 2 <= seeds.pop() <= 5
+    means = [fmean(seed["val_accuracy"] for seed in finalist["seeds"]) for finalist in finalists]
     best = finalists[means.index(max(means))]
     assert result.summary["best_trial"] == best["trial"]
     assert result.summary["val_accuracy"] == pytest.approx(max(means))
 
 
 def test_the_refit_has_seen_all_rows(result: RunResult) -> None:
-    """400 rows, a fifth of which were held out of the trials: 4 trials and 6 finalists on 320, the refit on all."""
+    """400 rows, a fifth of which were held out of the trials: 4 trials and the finalists on 320, the refit on all."""
     assert result.summary["refit"]
-    assert result.summary["images_trained"] == 3 * ((4 + 6) * 320 + 400)
+    retrained = sum(len(finalist["seeds"]) for finalist in result.summary["finalists"])
+    assert result.summary["images_trained"] == 3 * ((4 + retrained) * 320 + 400)
     seen = load(result.folder.path).pixels
     assert seen == measure_pixels(sample_rows("train", 40).images)
 

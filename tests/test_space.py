@@ -205,3 +205,24 @@ def test_the_grid_is_every_combination_that_conditions_allow() -> None:
     sgd = [(epochs, "sgd", momentum) for epochs in (1, 2) for momentum in (0.8, 0.9)]
     assert sorted(points, key=str) == sorted([*sgd, (1, "adamw"), (2, "adamw")], key=str)
     assert space.trials == 7
+
+
+@pytest.mark.parametrize(
+    ("search", "limit"),
+    [
+        ({}, None),
+        ({"time": "2m"}, 120),
+        ({"cost": 3.0}, 5400),
+        ({"cost": 3.0, "time": "1h"}, 3600),
+        ({"cost": 1.0, "time": "1h"}, 1800),
+    ],
+)
+def test_time_is_bounded_by_what_the_cost_pays_for_too(search: dict[str, Any], limit: float | None) -> None:
+    """Hand-worked at a price of 2 an hour."""
+    space = Space.load({"search": search, "resources": {"price": 2.0}, "trial": {}})
+    assert space.time_limit == limit
+
+
+def test_a_cost_without_a_price_is_refused() -> None:
+    with pytest.raises(SpaceError, match=r"search\.cost: what an hour costs is not known; set resources\.price"):
+        Space.load({"search": {"cost": 3.0}, "trial": {}})

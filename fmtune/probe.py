@@ -1,0 +1,108 @@
+"""What trials of a space would take, from a few steps of its cheapest and its dearest configuration."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fmtune.batches import Batches
+from fmtune.checkpoint import create_preprocess
+from fmtune.config import ResourcesConfig, TrialConfig
+from fmtune.data import TrainingData
+from fmtune.model import count_parameters, create_model
+from fmtune.space import Space
+from fmtune.training import Training
+
+_STEPS = 8
+"""Steps that are timed, after as many that warm up."""
+_FORWARD_SHARE = 1 / 3
+"""Share of a training step's time that evaluating its images takes: no backward pass."""
+_STATE_COPIES = 3
+"""Weights in a checkpoint: the network's, and up to two moments of the optimizer."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A configuration tried for some steps.
+
+    Attributes:
+        config: what it trains.
+        epoch_seconds: of one epoch, evaluation included, on one trial's resources.
+        checkpoint_bytes: of its training state on disk.
+    """
+
+    config: TrialConfig
+    epoch_seconds: float
+    checkpoint_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole training."""
+        return self.epoch_seconds * self.config.epochs
+
+
+def probe_space(space: Space, data: TrainingData, threads: int) -> tuple[list[Probe], int]:
+    """Try the cheapest and the dearest of a sample of configurations; one where all cost the same.
+
+    The cost by which they are picked is arithmetic: operations of a forward pass, times epochs.
+
+    Args:
+        space: of the search.
+        data: what is trained on.
+        threads: of one trial.
+
+    Returns:
+        The probes, cheapest first, and the largest resident set of this process after them, in bytes.
+    """
+    configs = list(space.samples())
+    costs = [count_operations(config, data) * config.epochs for config in configs]
+    cheapest, dearest = costs.index(min(costs)), costs.index(max(costs))
+    chosen = [configs[cheapest]] if costs[cheapest] == costs[dearest] else [configs[cheapest], configs[dearest]]
+    torch.set_num_threads(threads)
+    probes = [_try(config, data, space.resources) for config in chosen]
+    return probes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def count_operations(config: TrialConfig, data: TrainingData) -> int:
+    """Floating-point operations of a forward pass of one image; nothing is computed."""
+    channels = config.model.channels or data.image_shape[0]
+    height, width = data.image_shape[1:]
+    if data.pixels.resize is not None:
+        scale = data.pixels.resize / min(height, width)
+        height, width = round(height * scale), round(width * scale)
+    with torch.device("meta"):
+        network = create_model(config.model, channels, len(data.classes)).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.empty(1, channels, height, width))
+    return int(counter.get_total_flops())
+
+
+def _try(config: TrialConfig, data: TrainingData, resources: ResourcesConfig) -> Probe:
+    device = torch.device("cuda" if resources.gpus else "cpu")
+    # What one worker of several does is its part of each batch.
+    batch = max(1, config.batch_size // resources.workers)
+    rows = data.train_rows[: _STEPS * batch]
+    images, labels = torch.tensor(data.images[rows], device=device), torch.tensor(data.labels[rows], device=device)
+    network = create_model(config.model, data.image_shape[0], len(data.classes))
+    training = Training(
+        network.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
+        create_preprocess(config, data.pixels).to(device),
+        Batches(images, labels, torch.arange(len(rows), device=device)),
+        None,
+        config.model_copy(update={"epochs": 2, "batch_size": batch, "drop_last": False, "compile": False}),
+        seed=0,
+    )
+    training.run_epoch()
+    rate = training.run_epoch().images_per_second * resources.workers
+    seconds = (len(data.train_rows) + _FORWARD_SHARE * len(data.validation_rows)) / rate
+    return Probe(config, seconds, _STATE_COPIES * 4 * count_parameters(network))
+
+
+def count_full_trainings(probes: Sequence[Probe], seconds: float, slots: int) -> tuple[int, int]:
+    """How many trainings to the last epoch fit into so many seconds, side by side in `slots`: fewest and most."""
+    numbers = [int(seconds * slots / probe.seconds) for probe in probes]
+    return min(numbers), max(numbers)

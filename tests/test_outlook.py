@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from fmtune.outlook import MIN_VALUES, _expected_best, look_ahead
+
+STUDIES = 300
+
+
+def _draw(kind: str, trials: int, random: np.random.Generator) -> list[float]:
+    """Independent values of which no sampler could learn anything."""
+    match kind:
+        case "uniform":
+            values = random.uniform(0.5, 0.9, trials)
+        case "triangular":  # thin toward its end, as accuracies are
+            values = 0.9 - 0.4 * (1 - np.sqrt(random.uniform(0, 1, trials)))
+        case _:
+            values = random.normal(0.8, 0.02, trials)
+    return [float(value) for value in values]
+
+
+@pytest.mark.parametrize("trials", [24, 60])
+@pytest.mark.parametrize("kind", ["uniform", "triangular", "normal"])
+def test_mean_outlook_of_synthetic_studies_is_the_mean_gain_of_doubling_them(kind: str, trials: int) -> None:
+    """Against what as many draws again did bring, over 300 studies: right to within a factor of two."""
+    random = np.random.default_rng(0)
+    expected, found = [], []
+    for _ in range(STUDIES):
+        values, more = _draw(kind, trials, random), _draw(kind, trials, random)
+        outlook = look_ahead(values, limit=1.0)
+        assert outlook is not None
+        found.append(outlook.gain)
+        expected.append(max(0.0, max(more) - max(values)))
+    assert 1 / 2 < np.mean(found) / np.mean(expected) < 2
+
+
+def test_interval_holds_the_mean_gain_more_often_than_not() -> None:
+    """The expectation is one number for a distribution; intervals from 24 trials each should mostly have it."""
+    random = np.random.default_rng(1)
+    truth = np.mean(
+        [max(0.0, max(_draw("normal", 24, random)) - max(_draw("normal", 24, random))) for _ in range(4000)]
+    )
+    outlooks = [look_ahead(_draw("normal", 24, random), limit=1.0) for _ in range(200)]
+    assert np.mean([o is not None and o.low <= truth <= o.high for o in outlooks]) > 0.6
+
+
+def test_a_search_that_has_come_to_its_end_has_little_to_gain() -> None:
+    """Where the later half of the trials is level at the best, as many again bring next to nothing."""
+    climbing = [0.5 + 0.01 * i for i in range(30)]
+    level = [0.8 + 1e-4 * (i % 5) for i in range(30)]
+    outlook = look_ahead(climbing + level, limit=1.0)
+    assert outlook is not None
+    assert outlook.gain < 1e-3
+    assert outlook.trials == 60
+
+
+def test_no_gain_goes_beyond_the_limit() -> None:
+    random = np.random.default_rng(2)
+    values = [float(v) for v in np.minimum(random.normal(0.97, 0.03, 40), 0.999)]
+    outlook = look_ahead(values, limit=1.0)
+    assert outlook is not None
+    assert outlook.gain <= outlook.high <= 1.0 - max(values)
+
+
+def test_equal_values_promise_nothing() -> None:
+    outlook = look_ahead([0.7] * 40, limit=1.0)
+    assert outlook is not None
+    assert outlook.gain == outlook.high == 0.0
+
+
+def test_few_trials_have_no_outlook() -> None:
+    assert look_ahead([0.1 * i for i in range(MIN_VALUES - 1)], limit=10.0) is None
+    assert look_ahead([0.1 * i for i in range(MIN_VALUES)], limit=10.0) is not None
+
+
+def test_expected_best_is_the_mean_over_all_choices() -> None:
+    """Against counting them."""
+    values = np.array([0.3, 0.9, 0.1, 0.4, 0.8, 0.4])
+    for k in range(1, 7):
+        counted = np.mean([max(chosen) for chosen in combinations(values, k)])
+        assert _expected_best(values, k) == pytest.approx(counted)

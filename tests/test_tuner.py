@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ray.tune.experiment import Trial
+
+from fmtune.errors import SpaceError
+from fmtune.run import TrialRecord
+from fmtune.space import Space
+from fmtune.training import EpochMetrics
+from fmtune.tuner import Asha, create_scheduler
+
+
+def _space(**search: Any) -> Space:
+    trial = {"epochs": 9, "optim": {"lr": {"log": [0.001, 0.1]}}}
+    return Space.load({"data": {"train": "sample"}, "search": {"trials": 10} | search, "trial": trial})
+
+
+def _report(scheduler: Asha, number: int, epoch: int, seconds: float, accuracy: float) -> str:
+    trial = Trial("stand-in", trial_id=f"trial-{number}", stub=True)
+    trial.config = {"number": number}
+    if trial.trial_id not in scheduler._trial_info:
+        scheduler.on_trial_add(None, trial)
+    result = {"epoch": epoch, "seconds": seconds, "val_accuracy": accuracy}
+    return scheduler.on_trial_result(None, trial, result)
+
+
+def _create(space: Space, slots: int = 1, earlier: list[TrialRecord] | None = None) -> Asha:
+    scheduler = create_scheduler(space, earlier or [], slots)
+    assert isinstance(scheduler, Asha)
+    return scheduler
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_networks_compete_on_equal_training_time(slots: int) -> None:
+    """Hand-worked: of 90 s for 10 trials, a third on the way to the first rung puts it at 3 s for each slot."""
+    scheduler = _create(_space(time="90s", rung="seconds"), slots)
+    first = 3.0 * slots
+    assert _report(scheduler, 1, 2, first - 0.1, 0.5) == "CONTINUE"
+    assert _report(scheduler, 1, 3, first + 0.1, 0.6) == "CONTINUE"
+    # A slow network gets there in its first epoch, and is held against what the other had by then.
+    assert _report(scheduler, 2, 1, first + 0.1, 0.55) == "STOP"
+    assert _report(scheduler, 3, 1, first + 0.1, 0.65) == "CONTINUE"
+
+
+def test_on_epochs_the_time_that_they_take_does_not_matter() -> None:
+    scheduler = _create(_space())
+    assert _report(scheduler, 1, 1, 1.0, 0.5) == "CONTINUE"
+    assert _report(scheduler, 2, 1, 100.0, 0.6) == "CONTINUE"
+    assert _report(scheduler, 3, 1, 1.0, 0.55) == "STOP"
+
+
+def test_no_trial_is_ended_by_the_last_rung_of_seconds() -> None:
+    scheduler = _create(_space(time="90s", rung="seconds"))
+    assert _report(scheduler, 1, 8, 500.0, 0.5) == "CONTINUE"
+
+
+def test_the_baseline_is_never_stopped() -> None:
+    scheduler = _create(_space())
+    assert _report(scheduler, 1, 1, 1.0, 0.9) == "CONTINUE"
+    assert _report(scheduler, 0, 1, 1.0, 0.1) == "CONTINUE"
+
+
+@pytest.mark.parametrize("rung", ["epochs", "seconds"])
+def test_rungs_are_rebuilt_from_earlier_trials(rung: str) -> None:
+    """What an earlier attempt's trials showed decides as if they had run here."""
+    space = _space(time="90s", rung=rung)
+    history = [EpochMetrics(1, 0.5, 0.5, 0.8, 0.01, 100.0, 4.0)]
+    record = TrialRecord(1, space.baseline, {}, "pruned", history)
+    scheduler = _create(space, earlier=[record])
+    assert _report(scheduler, 2, 1, 4.0, 0.7) == "STOP"
+    assert _report(_create(space), 2, 1, 4.0, 0.7) == "CONTINUE"
+
+
+@pytest.mark.parametrize("search", [{}, {"time": "1m", "scheduler": "median"}])
+def test_rungs_of_seconds_need_a_time_and_asha(search: dict[str, Any]) -> None:
+    with pytest.raises(SpaceError, match=r"search: .*set time or cost, and scheduler to asha"):
+        _space(rung="seconds", **search)

@@ -9,18 +9,19 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Protocol
 
+from fmtune.board import Board, Flight
 from fmtune.checkpoint import TrainedModel, create_trained_model, load_weights
 from fmtune.config import ResourcesConfig
 from fmtune.context import RunContext
 from fmtune.data import measure_pixels
 from fmtune.explore import rank
 from fmtune.model import Pixels
+from fmtune.room import measure_capacity, whole_machine
 from fmtune.run import TrialRecord
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
 from fmtune.trial import SharedData, Task, derive_seed
-from fmtune.tuner import TaskRounds, Until, run_trials, whole_machine
-from fmtune.view import Board
+from fmtune.tuner import TaskRounds, Until, run_trials
 
 _REFIT = 0
 """Round of the refit's seed; the finalists' rounds count from 1."""
@@ -245,6 +246,7 @@ class Chooser:
         """Run the tasks of all rounds, or until only the refit and the closing have time left."""
         collector = _Collector(rounds, self._timing, self._context)
         reserve = self._timing.refit_seconds(leaders_to_refit)
+        self._context.board.capacity = measure_capacity(resources)
         run_trials(
             shared,
             resources,
@@ -255,6 +257,7 @@ class Chooser:
             watcher=collector,
             until=Until(lambda: self._timing.is_late(reserve)),
         )
+        self._context.board.in_flight.clear()
         for task, outcome in rounds.outcomes.values():
             rows = len(self._context.data.images) if task.rows == "all" else None
             self._images_trained += self._context.images_trained(task.config, len(outcome.history), rows)
@@ -277,13 +280,14 @@ class _Collector:
     """Keeps what becomes of tasks outside the search."""
 
     def __init__(self, rounds: _TaskSource, timing: Timing, context: RunContext) -> None:
-        self._rounds, self._timing, self._context = rounds, timing, context
+        self._rounds, self._timing, self._context, self._board = rounds, timing, context, context.board
 
     def on_start(self, task: Task) -> None:
-        pass
+        self._board.in_flight[task.name] = Flight(task.name, task.config.epochs)
 
     def on_epoch(self, task: Task, metrics: EpochMetrics) -> None:
         self._outcome(task).history.append(metrics)
+        self._board.in_flight[task.name].last = metrics
         self._context.view.refresh()
 
     def on_checkpoint(self, task: Task, folder: str) -> None:
@@ -291,6 +295,8 @@ class _Collector:
 
     def on_end(self, task: Task, cause: str | None) -> None:
         self._outcome(task).cause = cause
+        # One whose process can't be started ends without a start.
+        self._board.in_flight.pop(task.name, None)
         if cause:
             self._context.view.note(f"{task.name} failed: {cause}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmtune.batches import count_trained
+from fmtune.board import Board
 from fmtune.checkpoint import load_metrics
 from fmtune.config import TrialConfig
 from fmtune.data import TrainingData
@@ -14,7 +15,7 @@ from fmtune.run import RunFolder, TrialRecord
 from fmtune.space import Space
 from fmtune.training import EpochMetrics
 from fmtune.trial import SharedData, Task, create_task, task_name
-from fmtune.view import Board, View
+from fmtune.view import View
 
 
 @dataclass(frozen=True)

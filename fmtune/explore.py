@@ -8,12 +8,14 @@ from contextlib import suppress
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from fmtune.board import Flight
 from fmtune.context import RunContext, find_checkpoint
+from fmtune.room import count_slots, measure_capacity
 from fmtune.run import State, TrialRecord
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
 from fmtune.trial import Task
-from fmtune.tuner import STUDY, StudySearch, Until, count_slots, create_scheduler, run_trials, tell
+from fmtune.tuner import STUDY, StudySearch, Until, create_scheduler, run_trials, tell
 
 _BASELINE_SHARE = 0.25
 """Part of the time that the baseline may take."""
@@ -31,7 +33,7 @@ class Exploration:
     """The trials of a search; watches them and keeps board, study and run folder in step."""
 
     def __init__(self, context: RunContext, timing: Timing) -> None:
-        self._context, self._timing = context, timing
+        self._context, self._timing, self._board = context, timing, context.board
         self._records = context.board.records
         self._failures: list[str] = []
 
@@ -45,6 +47,7 @@ class Exploration:
         interrupted = [record for record in self._records.values() if record.state == "running"]
         tasks = [context.task_of(record) for record in interrupted]
         searcher = StudySearch(context.space, storage, len(self._records), tasks, self._timing.can_begin)
+        self._board.capacity = measure_capacity(context.space.resources)
         remaining = context.space.trials - len(earlier)
         if remaining > 0 and not self._timing.search_is_over():
             run_trials(
@@ -62,16 +65,16 @@ class Exploration:
         self._close_running(searcher.study)
 
     def on_start(self, task: Task) -> None:
-        number = _number(task)
-        if number not in self._records:
-            self._records[number] = TrialRecord(number, task.config, self._context.space.params_of(task.config))
-            self._write_trials()
+        record = self._record_of(task)
+        self._board.in_flight[task.name] = Flight(f"trial {record.number}", record.config.epochs, record.last)
+        self._write_trials()
 
     def on_epoch(self, task: Task, metrics: EpochMetrics) -> None:
         number = _number(task)
         record = self._records[number]
         # A resumed trial repeats the epoch whose checkpoint was not yet written.
         record.history = [*(earlier for earlier in record.history if earlier.epoch < metrics.epoch), metrics]
+        self._board.in_flight[task.name].last = metrics
         self._context.folder.append_history(number, metrics)
         self._context.view.refresh()
 
@@ -79,7 +82,7 @@ class Exploration:
         self._records[_number(task)].checkpoint = folder
 
     def on_end(self, task: Task, cause: str | None) -> None:
-        record = self._records[_number(task)]
+        record = self._record_of(task)
         record.cause = cause if record.history or cause else "ended without a result"
         if record.cause:
             record.state = "failed"
@@ -89,12 +92,21 @@ class Exploration:
         else:
             self._failures.clear()
             record.state = "complete" if len(record.history) == record.config.epochs else "pruned"
+        self._board.ended.append(record.number)
+        self._board.in_flight.pop(task.name, None)
         self._write_trials()
         self._context.view.on_end(record)
 
     def on_tick(self) -> None:
         self._context.check_interrupt()
         self._timing.save_clock()
+
+    def _record_of(self, task: Task) -> TrialRecord:
+        """The trial's record, made here if it has none: a trial whose process can't be started ends without a start."""
+        number = _number(task)
+        if number not in self._records:
+            self._records[number] = TrialRecord(number, task.config, self._context.space.params_of(task.config))
+        return self._records[number]
 
     def _restore(self, storage: optuna.storages.BaseStorage) -> None:
         """Enter the trials of earlier attempts into the board; interrupted ones are `running` there."""
@@ -109,6 +121,8 @@ class Exploration:
                 self._restore_checkpoint(record)
                 self._restore_state(record, trial, study)
                 self._records[trial.number] = record
+                if record.state != "running":
+                    self._board.ended.append(trial.number)
 
     def _restore_checkpoint(self, record: TrialRecord) -> None:
         """Find the trial's last checkpoint, and in it an epoch that was trained but not yet entered in the history."""
@@ -124,7 +138,7 @@ class Exploration:
         """Take the state from the study; one that was cut off after its last epoch, or set FAIL then, is complete."""
         space = self._context.space
         record.state = _STATES[trial.state]
-        value = self._context.board.value(record)
+        value = self._board.value(record)
         if len(record.history) < record.config.epochs or value is None:
             return
         if record.state == "running":
@@ -150,9 +164,11 @@ class Exploration:
         """Count trials that the end of the time cut off as stopped early, here and in the study."""
         for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             study.tell(trial.number, state=TrialState.PRUNED)
+        self._board.in_flight.clear()
         for record in self._records.values():
             if record.state == "running":
                 record.state = "pruned"
+                self._board.ended.append(record.number)
         self._write_trials()
 
     def _write_trials(self) -> None:

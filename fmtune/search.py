@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fmtune.board import Board
 from fmtune.choice import Choice, Chooser
 from fmtune.context import RunContext
 from fmtune.data import TrainingData, load_training_data, weights_folder
@@ -16,14 +17,14 @@ from fmtune.explore import Exploration, rank
 from fmtune.model import create_model
 from fmtune.pretrained import load_pretrained
 from fmtune.report import write_report
+from fmtune.room import check_room, count_slots, whole_machine
 from fmtune.run import RunFolder
 from fmtune.session import interruptible, quiet, ray_session
 from fmtune.space import Space
 from fmtune.summary import conclude
 from fmtune.timing import Timing, read_clock, write_clock
 from fmtune.trial import SharedData
-from fmtune.tuner import check_room, count_slots, whole_machine
-from fmtune.view import Board, create_view
+from fmtune.view import create_view
 
 SpaceSource = Space | str | Path | Mapping[str, Any]
 

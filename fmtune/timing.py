@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+from fmtune.board import Board
 from fmtune.checkpoint import read_json, write_json
 from fmtune.run import RunFolder, TrialRecord
 from fmtune.space import Space
-from fmtune.view import Board
 
 _ENDING_SHARE = 0.5
 """Part of the time that finalists and refit may be set aside at most."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import optuna
-import ray
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 from ray import tune
@@ -19,12 +17,12 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from fmtune.config import ResourcesConfig, Scalar
-from fmtune.errors import InputError
 from fmtune.pool import PooledTrial
+from fmtune.room import count_slots
 from fmtune.run import TrialRecord
 from fmtune.space import Space
 from fmtune.training import EpochMetrics
-from fmtune.trial import SharedData, Task, create_task, derive_seed, run_trial, trial_resources, worker_resources
+from fmtune.trial import SharedData, Task, create_task, derive_seed, run_trial, trial_resources
 
 STUDY = "fmtune"
 """Name of the Optuna study in study.db."""
@@ -435,38 +433,6 @@ def _create_trainable(shared: SharedData, resources: ResourcesConfig, pooled: bo
     if pooled:
         amounts = tune.PlacementGroupFactory([{"CPU": 0.0}, *[worker_resources(resources)] * resources.workers])
     return tune.with_resources(tune.with_parameters(trainable, data=shared, resources=resources), amounts)
-
-
-def check_room(resources: ResourcesConfig, has_shared_storage: bool) -> None:
-    """Find out before the first trial that none could run.
-
-    Raises:
-        InputError: a trial wants more than a single machine has, or several nodes have no folder in common.
-    """
-    if len(ray.nodes()) > 1:
-        if not has_shared_storage:
-            raise InputError("storage: null; several nodes need the path of a folder that all of them share")
-        return
-    available: dict[str, float] = ray.cluster_resources()
-    for name, amount in worker_resources(resources).items():
-        wanted, there = amount * resources.workers, available.get(name, 0)
-        if wanted > there:
-            raise InputError(f"resources: a trial wants {wanted:g} {name}, and this machine has {there:g}")
-
-
-def count_slots(resources: ResourcesConfig) -> int:
-    """Trials that fit side by side on what the cluster has now; one at least."""
-    available: dict[str, float] = ray.cluster_resources()
-    wanted = worker_resources(resources)
-    return max(1, min(math.floor(available.get(k, 0) / (resources.workers * v) + 1e-9) for k, v in wanted.items()))
-
-
-def whole_machine(resources: ResourcesConfig) -> ResourcesConfig:
-    """The same workers with all CPUs of the machine shared out among them; as given on a cluster of several."""
-    if len(ray.nodes()) > 1:
-        return resources
-    cpus = ray.cluster_resources()["CPU"] / resources.workers
-    return resources.model_copy(update={"cpus": cpus})
 
 
 def find_cause(trial: Trial) -> str:

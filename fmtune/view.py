@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -14,67 +12,25 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fmtune.board import Board, Flight
 from fmtune.config import Scalar
 from fmtune.run import TrialRecord
 
 _REFRESH_SECONDS = 0.5
-_SHOWN_RUNNING = 8
-"""Running trials that the board lists; a cluster may have hundreds."""
-
-
-@dataclass
-class Board:
-    """The state of a run that views draw.
-
-    Attributes:
-        title: what runs, on what data, into which folder.
-        trials: how many the search may start.
-        metric: what decides, and whether `larger` is better.
-        started: `time.monotonic()` of the command's start, less the time of earlier attempts.
-        deadline: `time.monotonic()` by which it must end, None without a limit.
-        has_baseline: whether trial 0 is one.
-    """
-
-    title: str
-    trials: int
-    metric: str
-    larger: bool
-    started: float
-    deadline: float | None
-    phase: str = "starting"
-    records: dict[int, TrialRecord] = field(default_factory=dict)
-    has_baseline: bool = True
-
-    def value(self, record: TrialRecord) -> float | None:
-        """The deciding metric after the trial's last epoch."""
-        last = record.last
-        return None if last is None else last.as_dict()[self.metric]
-
-    @property
-    def best(self) -> TrialRecord | None:
-        """The leader so far."""
-        measured = [
-            (value, -r.number, r)
-            for r in list(self.records.values())
-            if r.state != "failed" and (value := self.value(r)) is not None
-        ]
-        if not measured:
-            return None
-        if not self.larger:
-            measured = [(-value, order, record) for value, order, record in measured]
-        return max(measured)[2]
-
-    def count(self, state: str) -> int:
-        return sum(record.state == state for record in list(self.records.values()))
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.started
-
-    @property
-    def left(self) -> float | None:
-        """Seconds to the deadline."""
-        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+_LABEL_WIDTH = 9
+"""Columns of the words at the left edge."""
+_BAR_SHARE = 5
+"""A bar takes one column in this many."""
+_CURVE_SHARE = 3
+"""The curve takes one column in this many."""
+_FLIGHT_BAR = 10
+"""Columns of the bar of one training."""
+_LEAST_FLIGHTS = 4
+"""Trainings that are listed on the lowest of terminals; a cluster may have hundreds under way."""
+_OTHER_LINES = 10
+"""Lines of the board beside those of the trainings."""
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_ASCII_BLOCKS = "_.:-=+*#"
 
 
 class View(Protocol):
@@ -133,7 +89,7 @@ class _LiveView:
         self._board, self._console = board, console
         self._live = Live(
             console=console,
-            get_renderable=self._draw,
+            get_renderable=lambda: draw_board(board, console),
             refresh_per_second=1 / _REFRESH_SECONDS,
             transient=True,
             redirect_stdout=False,
@@ -157,49 +113,119 @@ class _LiveView:
     def refresh(self) -> None:
         pass  # the live display redraws by itself
 
-    def _draw(self) -> RenderableType:
-        board = self._board
-        lines: list[RenderableType] = [Text(board.title, style="bold"), self._draw_time(), self._draw_counts()]
-        if (best := board.best) is not None:
-            lines.append(_label("best", f"{_value(board, best)}  trial {best.number}  {describe_params(best)}"))
-        if board.has_baseline and (baseline := board.records.get(0)) is not None:
-            lines.append(
-                _label(
-                    "baseline", f"{_value(board, baseline)}  epoch {len(baseline.history)} of {baseline.config.epochs}"
-                )
-            )
-        return Group(*lines, self._draw_running())
 
-    def _draw_time(self) -> RenderableType:
-        board, row = self._board, Table.grid(padding=(0, 1))
-        if board.left is None or board.deadline is None:
-            row.add_row(_label("time", f"{format_seconds(board.elapsed)}  {board.phase}"))
-        else:
-            total = board.deadline - board.started
-            bar = ProgressBar(total=total, completed=board.elapsed, width=30)
-            row.add_row(_label("time", ""), bar, Text(f"{format_seconds(board.left)} left  {board.phase}"))
-        return row
+def draw_board(board: Board, console: Console) -> RenderableType:
+    """The board as a terminal shows it.
 
-    def _draw_counts(self) -> RenderableType:
-        board, row = self._board, Table.grid(padding=(0, 1))
-        ended = len(board.records) - board.count("running")
-        bar = ProgressBar(total=board.trials, completed=ended, width=30)
-        counts = f"{ended} of {board.trials}: {board.count('complete')} complete, {board.count('pruned')} stopped early"
-        if board.count("failed"):
-            counts += f", {board.count('failed')} failed"
-        row.add_row(_label("trials", ""), bar, Text(counts))
-        return row
+    No line is wider than the console, as many trainings are listed as its height has room for, and where it has no
+    unicode every character is of ASCII.
+    """
+    title = _fit(Text(board.title, style="bold"), console)
+    lines = [_fit(_label(name, text), console) for name, text in _describe(board, console)]
+    return Group(title, _draw_bars(board, console), *lines, *_draw_flights(board, console))
 
-    def _draw_running(self) -> RenderableType:
-        table = Table.grid(padding=(0, 2))
-        running = [record for record in list(self._board.records.values()) if record.state == "running"]
-        for record in running[:_SHOWN_RUNNING]:
-            rate = f"{record.last.images_per_second:,.0f} images/s" if record.last else ""
-            progress = f"epoch {len(record.history)} of {record.config.epochs}"
-            table.add_row(_label("running", f"trial {record.number}"), progress, _value(self._board, record), rate)
-        if len(running) > _SHOWN_RUNNING:
-            table.add_row(f"and {len(running) - _SHOWN_RUNNING} more")
-        return table
+
+def _draw_bars(board: Board, console: Console) -> Table:
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(width=_LABEL_WIDTH - 1)
+    grid.add_column(width=console.width // _BAR_SHARE)
+    grid.add_column()
+    for name, done, total, text in _measure(board):
+        grid.add_row(_word(name), _bar(done, total), _fit(Text(text), console))
+    return grid
+
+
+def _measure(board: Board) -> Iterator[tuple[str, float, float, str]]:
+    """What a bar can show: its name, how much is done of how much, and the same in words."""
+    if board.left is not None and board.deadline is not None:
+        yield "time", board.elapsed, board.deadline - board.started, f"{format_seconds(board.left)} left, {board.phase}"
+    if board.has_baseline:
+        counts = f"{board.count('complete')} complete, {board.count('pruned')} stopped early"
+        if failed := board.count("failed"):
+            counts += f", {failed} failed"
+        ended = len(board.ended)
+        yield "trials", ended, board.trials, f"{ended} of {board.trials}: {counts}"
+    capacity, trainings = board.capacity, len(board.in_flight)
+    if capacity is not None and trainings:
+        used = trainings * capacity.each
+        yield capacity.unit, used, capacity.total, f"{used:g} of {capacity.total:g} in use"
+
+
+def _describe(board: Board, console: Console) -> Iterator[tuple[str, Text]]:
+    """What can be said in a line: its name, and the words."""
+    if board.left is None:
+        yield "time", Text(f"{format_seconds(board.elapsed)} so far, {board.phase}")
+    if (best := board.best) is not None:
+        found = f"  trial {best.number}  {describe_params(best)}"
+        yield "best", Text.assemble((_value(board, best), "bold green"), found)
+    if board.has_baseline and (baseline := board.records.get(0)) is not None:
+        epochs = f"epoch {len(baseline.history)} of {baseline.config.epochs}"
+        yield "baseline", Text(f"{_value(board, baseline)}  {epochs}")
+    if len(curve := board.curve) > 1:
+        line = draw_sparkline(curve, console.width // _CURVE_SHARE, _ASCII_BLOCKS if _is_plain(console) else _BLOCKS)
+        of_what = "best after each trial" if board.has_baseline else "after each epoch"
+        yield "history", Text.assemble((line, "cyan"), f"  {min(curve):.4f} to {max(curve):.4f}, {of_what}")
+
+
+def draw_sparkline(values: Sequence[float], width: int, blocks: str) -> str:
+    """Values as a line of blocks: the first of `blocks` stands for the lowest of them, the last for the highest.
+
+    Of more values than `width` columns each column shows the last of its share.
+    """
+    columns = min(width, len(values))
+    shown = [values[(i + 1) * len(values) // columns - 1] for i in range(columns)]
+    low, high = min(values), max(values)
+    # Of equal values each is the lowest.
+    scale = (len(blocks) - 1) / (high - low or 1.0)
+    return "".join(blocks[round((value - low) * scale)] for value in shown)
+
+
+def _draw_flights(board: Board, console: Console) -> Iterator[RenderableType]:
+    """A row for each training under way that there is room for, and what they do together."""
+    flights = list(board.in_flight.values())
+    shown = flights[: max(_LEAST_FLIGHTS, console.height - _OTHER_LINES)]
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(width=_LABEL_WIDTH - 2)
+    grid.add_column()
+    grid.add_column(width=_FLIGHT_BAR)
+    for justify in ("left", "right", "right"):
+        grid.add_column(justify=justify, no_wrap=True)
+    for i, flight in enumerate(shown):
+        grid.add_row(_word("" if i else "running"), *_describe_flight(flight, board, console))
+    yield grid
+    if len(flights) > 1:
+        rate = sum(flight.last.images_per_second for flight in flights if flight.last)
+        hidden = f"and {len(flights) - len(shown)} more; " if len(flights) > len(shown) else ""
+        yield _fit(_label("", Text(f"{hidden}all {len(flights)} together {rate:,.0f} images/s")), console)
+
+
+def _describe_flight(flight: Flight, board: Board, console: Console) -> list[RenderableType]:
+    last = flight.last
+    epochs = last.epoch if last else 0
+    value = last.as_dict()[board.metric] if last else None
+    return [
+        _fit(Text(flight.name), console),
+        _bar(epochs, flight.epochs),
+        f"epoch {epochs} of {flight.epochs}",
+        "-" if value is None else f"{value:.4f}",
+        f"{last.images_per_second:,.0f} images/s" if last else "",
+    ]
+
+
+def _bar(done: float, total: float) -> ProgressBar:
+    return ProgressBar(total=total, completed=done, complete_style="cyan", finished_style="green")
+
+
+def _is_plain(console: Console) -> bool:
+    """Whether the terminal shows ASCII alone, as rich's own bars decide it."""
+    return console.options.legacy_windows or console.options.ascii_only
+
+
+def _fit(text: Text, console: Console) -> Text:
+    """The text on one line, cut off where the line ends."""
+    text.no_wrap = True
+    text.overflow = "crop" if _is_plain(console) else "ellipsis"
+    return text
 
 
 def describe_end(record: TrialRecord, board: Board) -> str:
@@ -239,8 +265,12 @@ def _value(board: Board, record: TrialRecord) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _label(name: str, text: str) -> Text:
-    return Text.assemble((f"{name:<9}", "dim"), text)
+def _word(name: str) -> Text:
+    return Text(name, style="dim")
+
+
+def _label(name: str, text: Text) -> Text:
+    return Text.assemble((f"{name:<{_LABEL_WIDTH}}", "dim"), text)
 
 
 def _print(console: Console, line: str) -> None:

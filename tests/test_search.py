@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,15 +11,18 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import ray
 import torch
+from rich.console import Console
 from tables import sample_rows, write_csv
 
 import fmtune.summary
 from fmtune import evaluate, load, search, train
+from fmtune.board import Board
 from fmtune.data import measure_pixels
 from fmtune.errors import InputError, RunFailed, RunFolderError, SpaceError
 from fmtune.readers import Table
-from fmtune.run import RunFolder
+from fmtune.run import RunFolder, TrialRecord
 from fmtune.search import RunResult
 
 TINY: dict[str, Any] = {
@@ -150,6 +154,50 @@ def test_the_refit_has_seen_all_rows(result: RunResult) -> None:
     assert result.summary["images_trained"] == 3 * ((4 + retrained) * 320 + 400)
     seen = load(result.folder.path).pixels
     assert seen == measure_pixels(sample_rows("train", 40).images)
+
+
+class _Witness:
+    """A view that keeps what is under way whenever the board may have changed."""
+
+    def __init__(self, board: Board, console: Console) -> None:
+        self.board = board
+        self.seen: set[str] = set()
+        self.most = 0
+
+    def __enter__(self) -> _Witness:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        pass
+
+    def on_end(self, record: TrialRecord) -> None:
+        assert self.board.ended[-1] == record.number
+
+    def refresh(self) -> None:
+        self.seen |= {flight.name for flight in self.board.in_flight.values()}
+        self.most = max(self.most, len(self.board.in_flight))
+
+
+def test_the_board_knows_what_is_under_way(
+    ray_cluster: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials, finalists and refit by name, no more of them than Ray has CPUs, and in the end none."""
+    witnesses: list[_Witness] = []
+    monkeypatch.setattr(
+        sys.modules["fmtune.search"], "create_view", lambda *of: witnesses.append(_Witness(*of)) or witnesses[0]
+    )
+    search(_space(source, search={"trials": 3}), name="seen", runs=tmp_path)
+    (witness,) = witnesses
+    finalists = {name for name in witness.seen if name.startswith("finalist-")}
+    assert witness.seen - finalists == {"trial 0", "trial 1", "trial 2", "refit"}
+    assert len(finalists) == 2 * 3
+    assert witness.board.capacity is not None
+    assert 1 <= witness.most <= ray.cluster_resources()["CPU"]
+    assert witness.board.in_flight == {}
+    assert sorted(witness.board.ended) == [0, 1, 2]
 
 
 def test_a_taken_folder_is_refused_and_left_alone(result: RunResult, source: Path) -> None:

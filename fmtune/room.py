@@ -1,0 +1,51 @@
+"""What the cluster has room for."""
+
+from __future__ import annotations
+
+import math
+
+import ray
+
+from fmtune.board import Capacity
+from fmtune.config import ResourcesConfig
+from fmtune.errors import InputError
+from fmtune.trial import worker_resources
+
+
+def check_room(resources: ResourcesConfig, has_shared_storage: bool) -> None:
+    """Find out before the first trial that none could run.
+
+    Raises:
+        InputError: a trial wants more than a single machine has, or several nodes have no folder in common.
+    """
+    if len(ray.nodes()) > 1:
+        if not has_shared_storage:
+            raise InputError("storage: null; several nodes need the path of a folder that all of them share")
+        return
+    available: dict[str, float] = ray.cluster_resources()
+    for name, amount in worker_resources(resources).items():
+        wanted, there = amount * resources.workers, available.get(name, 0)
+        if wanted > there:
+            raise InputError(f"resources: a trial wants {wanted:g} {name}, and this machine has {there:g}")
+
+
+def count_slots(resources: ResourcesConfig) -> int:
+    """Trials that fit side by side on what the cluster has now; one at least."""
+    available: dict[str, float] = ray.cluster_resources()
+    wanted = worker_resources(resources)
+    return max(1, min(math.floor(available.get(k, 0) / (resources.workers * v) + 1e-9) for k, v in wanted.items()))
+
+
+def whole_machine(resources: ResourcesConfig) -> ResourcesConfig:
+    """The same workers with all CPUs of the machine shared out among them; as given on a cluster of several."""
+    if len(ray.nodes()) > 1:
+        return resources
+    cpus = ray.cluster_resources()["CPU"] / resources.workers
+    return resources.model_copy(update={"cpus": cpus})
+
+
+def measure_capacity(resources: ResourcesConfig) -> Capacity:
+    """What the cluster has now of the resource that trials share out among them."""
+    kind = "GPU" if resources.gpus else "CPU"
+    total: float = ray.cluster_resources().get(kind, 0.0)
+    return Capacity(f"{kind}s", total, resources.workers * worker_resources(resources)[kind])

@@ -99,7 +99,7 @@ def measure_ray(epochs: int, seed: int) -> dict[str, float]:
 
     config, resources = TrialConfig(epochs=epochs), ResourcesConfig(cpus=CORES)
     watcher = _Watcher()
-    with tempfile.TemporaryDirectory() as folder, quiet(Path(folder) / "log.txt"):
+    with tempfile.TemporaryDirectory() as folder, quiet():
         data = load_training_data(DATA)
         with ray_session(resources, None):
             task = Task("one", seed, config.model_dump(), rows="all")

@@ -12,7 +12,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from fmtune.config import DataConfig, ResourcesConfig, TrialConfig
@@ -56,7 +55,7 @@ def main() -> None:
     tasks = [Task(name=f"{i:03d}", seed=i, trial=config.model_dump()) for i in range(trials)]
     resources = ResourcesConfig(cpus=2)
     clock = Clock()
-    with tempfile.TemporaryDirectory() as folder, quiet(Path(folder) / "log.txt") as console:
+    with tempfile.TemporaryDirectory() as folder, quiet() as screen:
         data: Any = load_training_data(DataConfig(validation=0.9))
         with ray_session(resources, None):
             run_trials(
@@ -70,7 +69,7 @@ def main() -> None:
                 until=Until(lambda: False),
             )
         gaps = [start - end for start, end in zip(clock.first_steps[1:], clock.ends[:-1], strict=True)]
-        console.print(
+        screen.console.print(
             f"{len(gaps)} gaps: median {statistics.median(gaps):.3f} s ({min(gaps):.3f} to {max(gaps):.3f}), "
             f"checkpoint and report included"
         )

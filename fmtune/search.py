@@ -144,14 +144,17 @@ def run_space(
     data = load_training_data(space.data)
     _check_channels(space, data)
     weights = _try_weights(space, data)
-    folder = RunFolder.create(path, space.to_yaml())
+    folder = RunFolder(path)
     board = _create_board(space, data, folder, started - read_clock(folder))
     try:
-        with interruptible() as check, quiet(folder.log) as console, create_view(board, console) as view:
+        with interruptible() as check, quiet() as screen, create_view(board, screen.console) as view:
             for line in weights:
                 view.note(line)
             with ray_session(space.resources, address):
                 check_room(space.resources, has_shared_storage=space.storage is not None)
+                # What is refused before this leaves no folder behind, and a folder that is there as it was.
+                RunFolder.create(path, space.to_yaml())
+                screen.log_to(folder.log)
                 if space.is_single and space.resources.cpus is None and address is None:
                     space = replace(space, resources=whole_machine(space.resources))
                 context = RunContext(space, data, SharedData.of(data), folder, board, view, check)
@@ -163,9 +166,11 @@ def run_space(
             finally:
                 write_report(folder)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {folder.path} keeps what is done") from None
+        done = f"{path} keeps what is done" if path.exists() else "nothing was begun"
+        raise Interrupted(f"interrupted; {done}") from None
     finally:
-        write_clock(folder, board.elapsed)
+        if path.exists():
+            write_clock(folder, board.elapsed)
 
 
 def _check_folder(path: Path, space: Space, resume: bool) -> None:

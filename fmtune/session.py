@@ -6,11 +6,13 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 # Read by Ray when it is started, or a Tuner. Tune's own handler of Ctrl-C writes a snapshot that fmtune has no use for
 # and takes long; a plain KeyboardInterrupt ends the run in seconds.
@@ -27,9 +29,27 @@ from fmtune.config import ResourcesConfig
 from fmtune.errors import RunFailed
 
 
+class Screen:
+    """The real screen, while all that libraries print is turned aside.
+
+    Attributes:
+        console: writes on the screen, in the screen's own encoding.
+    """
+
+    def __init__(self, stream: TextIO, aside: int) -> None:
+        self.console = Console(file=stream)
+        self._aside = aside
+
+    def log_to(self, log: Path) -> None:
+        """Append to a file what has been turned aside so far, and all that will be."""
+        with log.open("ab", buffering=0) as file:
+            file.write(os.pread(self._aside, os.fstat(self._aside).st_size, 0))
+            _turn_aside(file.fileno())
+
+
 @contextmanager
-def quiet(log: Path) -> Iterator[Console]:
-    """Send all that this process and its libraries print to a file; yields a console on the real screen.
+def quiet() -> Iterator[Screen]:
+    """Keep all that this process and its libraries print off the screen; without a log it is thrown away.
 
     Ray's C++ parts write to the file descriptors themselves, so it is these that are turned aside; `sys.stdout` too,
     which in a notebook is no file descriptor.
@@ -39,19 +59,28 @@ def quiet(log: Path) -> Iterator[Console]:
     screen, errors = os.dup(1), os.dup(2)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.captureWarnings(True)
-    with log.open("a", encoding="utf-8") as file, os.fdopen(screen, "w", encoding="utf-8") as stream:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    with (
+        tempfile.TemporaryFile() as aside,
+        os.fdopen(screen, "w", encoding=sys.stdout.encoding, errors="replace") as stream,
+        open(1, "w", encoding="utf-8", buffering=1, closefd=False) as printed,
+    ):
+        _turn_aside(aside.fileno())
         try:
-            with redirect_stdout(file), redirect_stderr(file):
-                yield Console(file=stream)
+            with redirect_stdout(printed), redirect_stderr(printed):
+                yield Screen(stream, aside.fileno())
         finally:
             stream.flush()
-            file.flush()
+            printed.flush()
             os.dup2(screen, 1)
             os.dup2(errors, 2)
             os.close(errors)
             logging.captureWarnings(False)
+
+
+def _turn_aside(file: int) -> None:
+    """Let what is written to standard output and standard error go to an open file."""
+    os.dup2(file, 1)
+    os.dup2(file, 2)
 
 
 @contextmanager

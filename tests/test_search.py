@@ -49,6 +49,12 @@ def _study(folder: RunFolder) -> optuna.Study:
     return optuna.load_study(study_name="fmtune", storage=f"sqlite:///{folder.study}")
 
 
+def _contents(folder: RunFolder) -> dict[Path, bytes]:
+    """Every file of a run folder but its clock."""
+    files = [path for path in folder.path.rglob("*") if path.is_file() and path != folder.clock]
+    return {path: path.read_bytes() for path in files}
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_csv(tmp_path_factory.mktemp("source") / "train.csv", sample_rows("train", 40))
@@ -364,8 +370,17 @@ def test_the_time_bounds_the_run(ray_cluster: None, source: Path, tmp_path: Path
 
 
 def test_what_no_trial_could_have_is_refused(ray_cluster: None, source: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"resources: a trial wants 4096 CPU, and this machine has"):
-        search(_space(source, resources={"cpus": 4096}), name="big", runs=tmp_path)
+    """The name stays free, and a folder that is there keeps all that is in it but for the time used."""
+    refusal = r"resources: a trial wants 4096 CPU, and this machine has"
+    search_little = {"trials": 2, "finalists": 0, "refit": False, "try": []}
+    with pytest.raises(InputError, match=refusal):
+        search(_space(source, search=search_little, resources={"cpus": 4096}), name="big", runs=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    found = search(_space(source, search=search_little), name="big", runs=tmp_path)
+    before = _contents(found.folder)
+    with pytest.raises(InputError, match=refusal):
+        search(_space(source, search=search_little, resources={"cpus": 4096}), name="big", runs=tmp_path, resume=True)
+    assert _contents(found.folder) == before
 
 
 def test_a_training_starts_from_weights_with_stages_frozen(

@@ -15,7 +15,7 @@ from fmtune.run import State, TrialRecord
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
 from fmtune.trial import Task
-from fmtune.tuner import STUDY, StudySearch, Until, create_scheduler, run_trials, tell
+from fmtune.tuner import CAUSE, STUDY, StudySearch, Until, create_scheduler, fail, run_trials, tell
 
 _BASELINE_SHARE = 0.25
 """Part of the time that the baseline may take."""
@@ -36,6 +36,7 @@ class Exploration:
         self._context, self._timing, self._board = context, timing, context.board
         self._records = context.board.records
         self._failures: list[str] = []
+        self._study: optuna.Study
 
     def run(self) -> None:
         """Run trials until there are enough of them, or the rest of the time is needed for what follows."""
@@ -47,6 +48,7 @@ class Exploration:
         interrupted = [record for record in self._records.values() if record.state == "running"]
         tasks = [context.task_of(record) for record in interrupted]
         searcher = StudySearch(context.space, storage, len(self._records), tasks, self._timing.can_begin)
+        self._study = searcher.study
         self._board.capacity = measure_capacity(context.space.resources)
         remaining = context.space.trials - len(earlier)
         if remaining > 0 and not self._timing.search_is_over():
@@ -62,7 +64,7 @@ class Exploration:
                 scheduler=create_scheduler(context.space, earlier, count_slots(context.space.resources)),
                 pooled=not context.space.is_single,
             )
-        self._close_running(searcher.study)
+        self._close_running()
 
     def on_start(self, task: Task) -> None:
         record = self._record_of(task)
@@ -86,6 +88,7 @@ class Exploration:
         record.cause = cause if record.history or cause else "ended without a result"
         if record.cause:
             record.state = "failed"
+            fail(self._study, record.number, record.cause)
             self._failures.append(record.cause)
             if self._is_hopeless():
                 self._context.view.note(f"the last {_SAME_FAILURES} trials died of one cause; the search ends")
@@ -135,11 +138,16 @@ class Exploration:
             self._context.folder.append_history(record.number, metrics)
 
     def _restore_state(self, record: TrialRecord, trial: FrozenTrial, study: optuna.Study) -> None:
-        """Take the state from the study; one that was cut off after its last epoch, or set FAIL then, is complete."""
+        """Take the state, and what a trial died of, from the study.
+
+        One that was cut off after its last epoch, or is set FAIL there without having died, is complete.
+        """
         space = self._context.space
         record.state = _STATES[trial.state]
+        if record.state == "failed":
+            record.cause = trial.user_attrs.get(CAUSE)
         value = self._board.value(record)
-        if len(record.history) < record.config.epochs or value is None:
+        if record.cause or len(record.history) < record.config.epochs or value is None:
             return
         if record.state == "running":
             tell(space, study, record.number, value, is_done=True)
@@ -160,10 +168,10 @@ class Exploration:
             return False
         return result["seconds"] * (1 + 1 / result["epoch"]) > _BASELINE_SHARE * limit
 
-    def _close_running(self, study: optuna.Study) -> None:
+    def _close_running(self) -> None:
         """Count trials that the end of the time cut off as stopped early, here and in the study."""
-        for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            study.tell(trial.number, state=TrialState.PRUNED)
+        for trial in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            self._study.tell(trial.number, state=TrialState.PRUNED)
         self._board.in_flight.clear()
         for record in self._records.values():
             if record.state == "running":

@@ -22,10 +22,12 @@ from fmtune.room import count_slots
 from fmtune.run import TrialRecord
 from fmtune.space import Space
 from fmtune.training import EpochMetrics
-from fmtune.trial import SharedData, Task, create_task, derive_seed, run_trial, trial_resources
+from fmtune.trial import SharedData, Task, create_task, derive_seed, run_trial, trial_resources, worker_resources
 
 STUDY = "fmtune"
 """Name of the Optuna study in study.db."""
+CAUSE = "cause"
+"""User attribute of a trial of the study: what it died of."""
 _SAMPLER = 1_000_000_000
 """Stands for the sampler where trials have their number, in the derivation of seeds."""
 _STARTUP_TRIALS = 8
@@ -64,9 +66,9 @@ class StudySearch(_NotStored, OptunaSearch):
 
     `has_time` is asked before each trial, and ends the search without ending those in flight.
 
-    An Optuna trial ends COMPLETE where it reached its last epoch, PRUNED where it was stopped before, FAIL where it
-    died. The baseline lies outside the ranges and has no parameters. TPE passes over such a trial; CMA-ES and the
-    Gaussian process search the parameters that all finished trials have in common, so theirs is set FAIL.
+    An Optuna trial ends COMPLETE where it reached its last epoch, PRUNED where it was stopped before, FAIL (by `fail`)
+    where it died. The baseline lies outside the ranges and has no parameters. TPE passes over such a trial; CMA-ES and
+    the Gaussian process search the parameters that all finished trials have in common, so theirs is set FAIL.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class StudySearch(_NotStored, OptunaSearch):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         task, asked = self._tasks[trial_id], self._ot_trials[trial_id]
         if error or not result or self.metric not in result:
-            self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+            # Tune does not tell a searcher what a trial died of: `fail` ends it.
             return
         # Tune keeps the result that a trial is stopped at from `on_trial_result`.
         self._report(trial_id, result)
@@ -151,6 +153,13 @@ def tell(space: Space, study: optuna.Study, number: int, value: float, is_done: 
         study.tell(number, state=states.FAIL)
     else:
         study.tell(number, value)
+
+
+def fail(study: optuna.Study, number: int, cause: str) -> None:
+    """End a trial of the study that died, and keep what it died of with it."""
+    trial_id = study.get_trials(deepcopy=False)[number]._trial_id
+    study._storage.set_trial_user_attr(trial_id, CAUSE, cause)
+    study.tell(number, state=optuna.trial.TrialState.FAIL)
 
 
 class TaskRounds(_NotStored, Searcher):

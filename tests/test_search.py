@@ -254,7 +254,7 @@ def test_asha_stops_trials_early(ray_cluster: None, source: Path, tmp_path: Path
 def test_a_failing_trial_is_recorded_with_its_cause_and_the_search_goes_on(
     ray_cluster: None, source: Path, tmp_path: Path
 ) -> None:
-    """A learning rate of 1e30 overflows in the first steps."""
+    """A learning rate of 1e30 overflows in the first steps. Going on with the run adds nothing, and forgets nothing."""
     space = _space(
         source,
         search={"trials": 60, "sampler": "grid", "finalists": 0, "refit": False, "try": []},
@@ -266,7 +266,12 @@ def test_a_failing_trial_is_recorded_with_its_cause_and_the_search_goes_on(
     failure = found.summary["failures"][0]
     assert "training loss became nan in epoch 1 at step" in failure["cause"]
     assert failure["config"]["optim"]["lr"] == 1e30
-    assert [trial.state.name for trial in _study(found.folder).trials] == ["COMPLETE", "COMPLETE", "FAIL"]
+    trials = _study(found.folder).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "FAIL"]
+    assert trials[2].user_attrs["cause"] == failure["cause"]
+    again = search(space, name="fails", runs=tmp_path, resume=True)
+    assert again.summary["failures"] == found.summary["failures"]
+    assert again.summary["trials"] == found.summary["trials"]
 
 
 def test_a_search_whose_every_trial_fails_says_why(ray_cluster: None, source: Path, tmp_path: Path) -> None:

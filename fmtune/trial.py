@@ -26,6 +26,7 @@ from fmtune.batches import Batches
 from fmtune.checkpoint import create_preprocess, load_training, save_training
 from fmtune.config import ResourcesConfig, TrialConfig
 from fmtune.data import TrainingData, to_arrow, weights_folder
+from fmtune.errors import FmtuneError
 from fmtune.model import Pixels, create_model
 from fmtune.pretrained import load_pretrained
 from fmtune.training import Distribute, EpochMetrics, Report, Training, TrainingState
@@ -133,13 +134,28 @@ def _run_distributed(task: Task, data: SharedData, resources: ResourcesConfig) -
             storage_path=storage.trial_fs_path,
             storage_filesystem=storage.storage_filesystem,
             # Ray types the list by the callbacks of Train V1.
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+            callbacks=[TuneReportCallback(), _GivesUp()],  # type: ignore[list-item]
             # Tune hears of a checkpoint a report later than Train, and may end the trial on the one before.
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(max_failures=_WORKER_DEATHS),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except ray.train.ControllerError as error:
+        raise error.controller_failure from None
+
+
+class _GivesUp(ray.train.UserCallback):
+    """Ends a training that failed by itself: Train would take that for the death of a worker, and try again.
+
+    What a callback raises is a failure of Train's controller, which is not tried again.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, FmtuneError):
+                raise error
 
 
 def _run_worker(config: dict[str, Any]) -> None:

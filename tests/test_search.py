@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -333,6 +334,24 @@ def test_two_workers_train_one_model_by_ddp(
     assert found.summary["trials"] == {"complete": 1, "pruned": 0, "failed": 0}
     assert [epoch.epoch for epoch in found.folder.read_history()[0]] == [1, 2, 3]
     assert evaluate(found.folder.path, str(test_source)).evaluation.accuracy == found.summary["test_accuracy"] > 0.2
+
+
+def _count_ddp_workers() -> int:
+    """Processes of Ray Train that this Ray has started so far."""
+    return sum(actor["ActorClassName"] == "RayTrainWorker" for actor in ray._private.state.actors().values())
+
+
+def test_a_loss_that_is_not_finite_ends_a_ddp_trial_at_once(ray_cluster: None, source: Path, tmp_path: Path) -> None:
+    """It is no death of a worker, after which two more would be started: three times."""
+    before = _count_ddp_workers()
+    failing = TINY | {"precision": "fp32", "optim": {"name": "sgd", "lr": 1e30}}
+    space = {"data": {"train": str(source)}, "resources": {"workers": 2, "cpus": 1}, "trial": failing}
+    with pytest.raises(RunFailed) as raised:
+        train(space, name="two", runs=tmp_path)
+    assert raised.value.lines[0] == "none of 1 trials came to a result"
+    cause = r"cause: fmtune\.errors\.NonFiniteLoss: training loss became nan in epoch 1 at step \d+"
+    assert re.fullmatch(cause, raised.value.lines[1])
+    assert _count_ddp_workers() == before + 2
 
 
 @pytest.mark.parametrize("sampler", ["random", "cmaes", "gp"])

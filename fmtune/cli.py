@@ -187,7 +187,7 @@ def _run(
     from fmtune.summary import print_summary
 
     resolve = resolve_search if verb == "search" else resolve_single
-    resolved = resolve(space, data, overrides)
+    resolved = resolve(space, data, overrides, runs)
     name = name or space.stem
     if dry_run:
         from fmtune.plan import print_plan

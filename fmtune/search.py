@@ -60,7 +60,7 @@ def search(
         space: a `Space`, or what `Space.load` takes.
         data: stands in for `data.train`.
         name: of the run folder; the space file's by default.
-        runs: folder of run folders.
+        runs: folder of run folders, also of those that starting weights are taken from by name.
         overrides: `KEY=VALUE` of dotted keys of the space.
         resume: go on with the run folder if it exists.
         address: of a Ray cluster; a Ray of this machine's own by default.
@@ -72,7 +72,7 @@ def search(
         RunFailed: no trial got as far as a result.
         Interrupted: Ctrl-C.
     """
-    resolved = resolve_search(space, data, overrides)
+    resolved = resolve_search(space, data, overrides, Path(runs))
     return run_space(resolved, Path(runs) / (name or _name_of(space)), resume=resume, address=address, started=started)
 
 
@@ -91,17 +91,17 @@ def train(
 
     Arguments and errors are those of `search`.
     """
-    resolved = resolve_single(space, data, overrides)
+    resolved = resolve_single(space, data, overrides, Path(runs))
     return run_space(resolved, Path(runs) / (name or _name_of(space)), resume=resume, address=address, started=started)
 
 
-def resolve_search(space: SpaceSource, data: str | None, overrides: Sequence[str]) -> Space:
-    """A space to search, with `data` and overrides in place.
+def resolve_search(space: SpaceSource, data: str | None, overrides: Sequence[str], runs: Path) -> Space:
+    """A space to search, with `data` and overrides in place, and the names of runs under `runs` found.
 
     Raises:
         SpaceError: the space is wrong, or validates on the test split.
     """
-    resolved = _resolve(space, data, overrides)
+    resolved = _resolve(space, data, overrides, runs)
     if resolved.data.validation == "test":
         raise SpaceError(
             "data.validation: a search that validates on the test split chooses by it, and then has none left to "
@@ -110,22 +110,22 @@ def resolve_search(space: SpaceSource, data: str | None, overrides: Sequence[str
     return resolved
 
 
-def resolve_single(space: SpaceSource, data: str | None, overrides: Sequence[str]) -> Space:
-    """A space as one training, with `data` and overrides in place.
+def resolve_single(space: SpaceSource, data: str | None, overrides: Sequence[str], runs: Path) -> Space:
+    """A space as one training, with `data` and overrides in place, and the names of runs under `runs` found.
 
     Raises:
         SpaceError: the space is wrong, or has ranges.
     """
-    resolved = _resolve(space, data, overrides)
+    resolved = _resolve(space, data, overrides, runs)
     if resolved.ranges:
         keys = ", ".join(f"trial.{key}" for key in resolved.ranges)
         raise SpaceError(f"{keys}: ranges; `fmtune train` takes fixed values, `fmtune search` searches ranges")
     return resolved.as_single_training()
 
 
-def _resolve(space: SpaceSource, data: str | None, overrides: Sequence[str]) -> Space:
+def _resolve(space: SpaceSource, data: str | None, overrides: Sequence[str], runs: Path) -> Space:
     if not isinstance(space, Space):
-        return Space.load(space, overrides, data)
+        return Space.load(space, overrides, data, runs)
     if data is not None or overrides:
         raise SpaceError("data and overrides go with a file or a mapping, not with a Space that is resolved")
     return space

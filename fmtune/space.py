@@ -47,9 +47,19 @@ class Space:
 
     @classmethod
     def load(
-        cls, source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), data: str | None = None
+        cls,
+        source: str | Path | Mapping[str, Any],
+        overrides: Sequence[str] = (),
+        data: str | None = None,
+        runs: Path | None = None,
     ) -> Space:
-        """Read a space from a YAML file or a mapping, with `KEY=VALUE` overrides, and `data` for `data.train`.
+        """Read a space from a YAML file or a mapping.
+
+        Args:
+            source: the file, or its content.
+            overrides: `KEY=VALUE` of dotted keys.
+            data: stands in for `data.train`.
+            runs: folder of run folders, for starting weights that go by a run's name; None takes each as a path.
 
         Raises:
             SpaceError: anything in it is wrong; one line for each mistake, with its place.
@@ -59,9 +69,7 @@ class Space:
             document.override(override)
         if data is not None:
             document.replace("data.train", data, f"--data {data}")
-        _make_weights_absolute(document.content)
-        reader = SpaceReader(document)
-        sections = reader.read()
+        sections = SpaceReader(document, runs).read()
         space = cls(
             data=sections.data,
             search=sections.search,
@@ -193,22 +201,6 @@ def _create_baseline(
         return TrialConfig.model_validate(baseline)
     epochs = max(ranges["epochs"].candidates) if "epochs" in ranges else fixed["epochs"]  # type: ignore[type-var]
     return RECIPES[baseline].model_copy(update={"epochs": epochs})
-
-
-def _make_weights_absolute(content: Any) -> None:
-    """Make paths of starting weights absolute, wherever the file has them: trials run in folders of their own."""
-    if not isinstance(content, dict):
-        return
-    for key, value in content.items():
-        if key == "pretrained":
-            is_choice = isinstance(value, dict) and isinstance(value.get("choice"), list)
-            content[key] = {**value, "choice": list(map(_absolute, value["choice"]))} if is_choice else _absolute(value)
-        else:
-            _make_weights_absolute(value)
-
-
-def _absolute(weights: Any) -> Any:
-    return str(Path(weights).resolve()) if isinstance(weights, str) and weights != "imagenet" else weights
 
 
 def _order_by_conditions(ranges: Mapping[str, Range]) -> dict[str, Range]:

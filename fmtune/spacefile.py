@@ -22,6 +22,7 @@ from fmtune.recipes import RECIPES
 SECTIONS: dict[str, type[Config]] = {"data": DataConfig, "search": SearchConfig, "resources": ResourcesConfig}
 KEYS = (*SECTIONS, "storage", "baseline", "trial")
 """Top-level keys of the file."""
+_WEIGHTS = "expected imagenet, a .safetensors, .pth or .pt file, or an earlier run by its folder or name"
 
 
 class Document:
@@ -121,10 +122,15 @@ class Sections:
 
 
 class SpaceReader:
-    """Reads a document into sections and gathers what is wrong with it."""
+    """Reads a document into sections and gathers what is wrong with it.
 
-    def __init__(self, document: Document) -> None:
-        self._document = document
+    Args:
+        document: the file.
+        runs: folder of run folders whose names starting weights may go by; None where each is a path already.
+    """
+
+    def __init__(self, document: Document, runs: Path | None = None) -> None:
+        self._document, self._runs = document, runs
         self._problems: list[str] = []
 
     def read(self) -> Sections:
@@ -133,7 +139,7 @@ class SpaceReader:
         Raises:
             SpaceError: one line for each mistake.
         """
-        content = self._document.content
+        content = self._find_weights(self._document.content, "")
         sections = Sections()
         for key in content:
             if key not in KEYS:
@@ -143,6 +149,7 @@ class SpaceReader:
         sections.storage = self._read_storage(content.get("storage"))
         sections.baseline = self._read_baseline(content.get("baseline", "seed"))
         self._read_trial(content.get("trial"), sections)
+        self._check_batch_sizes(sections)
         if sections.search.sampler == "grid":
             self._check_grid(sections.ranges)
         for i, values in enumerate(sections.search.tries):
@@ -150,6 +157,31 @@ class SpaceReader:
         if self._problems:
             raise SpaceError(*self._problems)
         return sections
+
+    def _find_weights(self, node: Any, key: str) -> Any:
+        """The content with starting weights as absolute paths: trials run in folders of their own."""
+        if isinstance(node, dict):
+            return {
+                name: self._find_weights(value, key if name == "choice" else f"{key}.{name}".removeprefix("."))
+                for name, value in node.items()
+            }
+        if isinstance(node, list):
+            return [self._find_weights(item, key) for item in node]
+        if key.endswith("pretrained") and isinstance(node, str) and node != "imagenet":
+            return self._find_path(node, key)
+        return node
+
+    def _find_path(self, weights: str, key: str) -> str:
+        """The file or folder of this very path, or else the run of this name."""
+        if self._runs is None:
+            return str(Path(weights).resolve())
+        places = (Path(weights), self._runs / weights)
+        found = next((place for place in places if place.exists()), None)
+        if found is None:
+            looked_for = " and no ".join(dict.fromkeys(map(str, places)))
+            self._add(key, f"{weights!r}; there is no {looked_for}; {_WEIGHTS}")
+            return weights
+        return str(found.resolve())
 
     def _read_config(self, kind: type[Config], values: Any, name: str) -> Config | None:
         try:
@@ -222,6 +254,17 @@ class SpaceReader:
                 self._add(f"trial.{key}", _describe(one, TrialConfig, value))
             return not own
         return True
+
+    def _check_batch_sizes(self, sections: Sections) -> None:
+        """Find batches without an image for each of a trial's workers."""
+        workers, searched = sections.resources.workers, sections.ranges.get("batch_size")
+        smallest = min(searched.candidates) if searched else sections.fixed.get("batch_size")  # type: ignore[type-var]
+        baseline = sections.baseline
+        given = baseline if isinstance(baseline, dict) else RECIPES[baseline].model_dump()
+        for place, size in (("trial", smallest), ("baseline", given.get("batch_size", TrialConfig().batch_size))):
+            # What is no number is told of elsewhere.
+            if isinstance(size, int) and size < workers:
+                self._add(f"{place}.batch_size", f"{size}; expected {workers} or more, an image for each worker")
 
     def _check_grid(self, ranges: Mapping[str, Range]) -> None:
         for key, searched in ranges.items():

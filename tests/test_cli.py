@@ -197,6 +197,10 @@ def test_a_dry_run_tells_cheap_from_dear(folder: Path, capsys: pytest.CaptureFix
             "error: --set search.trails=3: search.trails: unknown",
         ),
         (["search", "{folder}/tiny.yaml", "--data", "no.csv"], "error: no.csv: no such file"),
+        (
+            ["search", "{folder}/tiny.yaml", "--runs", "{folder}/runs", "--set", "trial.model.pretrained=two"],
+            "error: --set trial.model.pretrained=two: trial.model.pretrained: 'two'; there is no two and no {folder}/",
+        ),
         (["train", "{folder}/tiny.yaml"], "error: trial.optim.lr: ranges; `fmtune train` takes fixed values"),
         (["evaluate", "no-run", "--data", "sample"], "error: no-run: no such run"),
         (["predict", "{folder}/runs/one", "{folder}/train.csv", "-o", "out.txt"], "error: out.txt: format not known"),

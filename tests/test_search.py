@@ -410,10 +410,10 @@ def test_what_no_trial_could_have_is_refused(ray_cluster: None, source: Path, tm
 def test_a_training_starts_from_weights_with_stages_frozen(
     ray_cluster: None, result: RunResult, source: Path, tmp_path: Path
 ) -> None:
-    """With the head alone in training, all else is bit for bit what the earlier run ended with."""
-    model = TINY["model"] | {"pretrained": str(result.folder.path), "freeze": 5}
+    """With the head alone in training, all else is bit for bit what the run of that name ended with."""
+    model = TINY["model"] | {"pretrained": "four", "freeze": 5}
     space = {"data": {"train": str(source), "validation": 0.2}, "trial": TINY | {"model": model}}
-    found = train(space, name="frozen", runs=tmp_path)
+    found = train(space, name="frozen", runs=result.folder.path.parent)
     before, after = (load(run.folder.path).network.state_dict() for run in (result, found))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"fc.weight", "fc.bias"}

@@ -122,6 +122,16 @@ trial:
             "search: {sampler: grid}\ntrial: {optim: {lr: {log: [0.1, 1]}}}",
             "s.yaml:2: trial.optim.lr: log: a grid has no end on it; use choice",
         ),
+        (
+            "resources: {workers: 4}\ntrial:\n  batch_size: 3",
+            "s.yaml:3: trial.batch_size: 3; expected 4 or more, an image for each worker",
+        ),
+        (
+            "resources: {workers: 4}\ntrial:\n  batch_size: {choice: [8, 3, 16]}",
+            "s.yaml:3: trial.batch_size: 3; expected 4 or more",
+        ),
+        ("resources: {workers: 4}\ntrial: {batch_size: {int: [3, 9]}}", "s.yaml:2: trial.batch_size: 3; expected 4"),
+        ("resources: {workers: 4}\nbaseline:\n  batch_size: 3", "s.yaml:3: baseline.batch_size: 3; expected 4 or more"),
     ],
 )
 def test_a_mistake_is_told_with_its_remedy(text: str, problem: str, tmp_path: Path) -> None:
@@ -226,3 +236,63 @@ def test_time_is_bounded_by_what_the_cost_pays_for_too(search: dict[str, Any], l
 def test_a_cost_without_a_price_is_refused() -> None:
     with pytest.raises(SpaceError, match=r"search\.cost: what an hour costs is not known; set resources\.price"):
         Space.load({"search": {"cost": 3.0}, "trial": {}})
+
+
+def test_batches_of_an_image_for_each_worker_are_taken() -> None:
+    """The lowest size counts, and it is just enough; with one worker any size is."""
+    sizes = {"batch_size": {"int": [4, 9]}}
+    assert Space.load({"resources": {"workers": 4}, "trial": sizes}).resources.workers == 4
+    assert Space.load({"trial": {"batch_size": 1}}).fixed["batch_size"] == 1
+
+
+def _run_folder(path: Path) -> str:
+    path.mkdir(parents=True)
+    return str(path.resolve())
+
+
+def test_starting_weights_may_go_by_the_name_of_a_run(tmp_path: Path) -> None:
+    """Wherever a file may have them: fixed, in a choice, in its conditions, in what is tried, and in the baseline."""
+    runs = tmp_path / "runs"
+    one, two = _run_folder(runs / "one"), _run_folder(runs / "two")
+    content = {
+        "search": {"try": [{"model": {"pretrained": "two"}}]},
+        "baseline": {"model": {"pretrained": "one"}},
+        "trial": {
+            "model": {
+                "pretrained": {"choice": ["imagenet", "one", "two"]},
+                "freeze": {"int": [0, 5], "when": {"model.pretrained": ["two"]}},
+            }
+        },
+    }
+    space = Space.load(content, runs=runs)
+    assert space.ranges["model.pretrained"].candidates == ("imagenet", one, two)
+    assert space.ranges["model.freeze"].when == {"model.pretrained": (two,)}
+    assert space.planned() == {1: {"model.pretrained": two}}
+    assert space.baseline.model.pretrained == one
+    # As a run keeps it, it needs neither the folder of runs nor this working directory.
+    resolved = tmp_path / "space.yaml"
+    resolved.write_text(space.to_yaml())
+    assert Space.load(resolved, runs=tmp_path / "elsewhere") == Space.load(resolved) == space
+
+
+def test_a_path_goes_before_the_name_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    named, here = _run_folder(tmp_path / "runs" / "one"), tmp_path / "one"
+    content = {"trial": {"model": {"pretrained": "one"}}}
+    assert Space.load(content, runs=Path("runs")).fixed["model.pretrained"] == named
+    here.touch()
+    assert Space.load(content, runs=Path("runs")).fixed["model.pretrained"] == str(here.resolve())
+
+
+def test_starting_weights_that_are_not_there_are_told_with_all_else(tmp_path: Path) -> None:
+    """With what was looked for; an absolute path is no name."""
+    path = tmp_path / "s.yaml"
+    path.write_text("trial:\n  epochs: 0\n  model:\n    pretrained: {choice: [one, /nowhere/two]}\n")
+    with pytest.raises(SpaceError) as raised:
+        Space.load(path, runs=Path("my-runs"))
+    expected = "expected imagenet, a .safetensors, .pth or .pt file, or an earlier run by its folder or name"
+    assert raised.value.lines == (
+        f"{path}:4: trial.model.pretrained: 'one'; there is no one and no my-runs/one; {expected}",
+        f"{path}:4: trial.model.pretrained: '/nowhere/two'; there is no /nowhere/two; {expected}",
+        f"{path}:2: trial.epochs: 0; expected greater than 0",
+    )

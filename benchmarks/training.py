@@ -32,7 +32,8 @@ import numpy as np
 import torch
 
 from fmtune.batches import Batches
-from fmtune.checkpoint import TrainedModel, create_preprocess, create_trained_model, load_weights
+from fmtune.checkpoint import create_preprocess, create_trained_model, load_weights
+from fmtune.classifier import TrainedModel
 from fmtune.config import DataConfig, ResourcesConfig, TrialConfig
 from fmtune.data import load_split, load_test_split, load_training_data
 from fmtune.model import create_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fmtune.classifier import TrainedModel
 from fmtune.config import TrialConfig
 from fmtune.data import Classes
 from fmtune.errors import RunFolderError
-from fmtune.model import Pixels, Preprocess, ResNet, create_model
+from fmtune.model import Pixels, Preprocess, create_model
 from fmtune.pretrained import imagenet_pixels
 from fmtune.training import EpochMetrics
 
@@ -22,35 +23,14 @@ _TENSOR, _ITEMS = "__tensor__", "__items__"
 """Marks, in the JSON of a training state, of a tensor's key and of a mapping whose keys are not strings."""
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """A network with all that is needed to use it.
-
-    Attributes:
-        network: gives logits (N, classes) for normalised float images (N, C, H, W).
-        preprocess: makes those of uint8 (N, C, H, W).
-        classes: labels and names of the logits.
-        config: what it was trained with.
-        shape: (channels, height, width) of the images that it was trained on.
-        pixels: the statistics that normalise them.
-    """
-
-    network: ResNet
-    preprocess: Preprocess
-    classes: Classes
-    config: TrialConfig
-    shape: tuple[int, int, int]
-    pixels: Pixels
-
-
 def create_trained_model(
     config: TrialConfig, pixels: Pixels, classes: Classes, shape: tuple[int, int, int], weights: dict[str, Tensor]
 ) -> TrainedModel:
-    """A model of given weights, ready to evaluate."""
+    """A model of given weights, in evaluation mode."""
     network = create_model(config.model, pixels.channels, len(classes))
     network.load_state_dict(weights)
     preprocess = create_preprocess(config, pixels)
-    return TrainedModel(network.eval(), preprocess, classes, config, shape, pixels)
+    return TrainedModel(network, preprocess, classes, config, shape, pixels).eval()
 
 
 def create_preprocess(config: TrialConfig, pixels: Pixels) -> Preprocess:

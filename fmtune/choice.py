@@ -10,7 +10,8 @@ from statistics import fmean, variance
 from typing import Protocol
 
 from fmtune.board import Board, Flight
-from fmtune.checkpoint import TrainedModel, create_trained_model, load_weights
+from fmtune.checkpoint import create_trained_model, load_weights
+from fmtune.classifier import TrainedModel
 from fmtune.config import ResourcesConfig
 from fmtune.context import RunContext
 from fmtune.data import measure_pixels

@@ -73,7 +73,7 @@ class DataConfig(Config):
     """Where the images come from and which of them are held out."""
 
     train: str = "sample"
-    """A data set's name, or a CSV, Parquet or IDX path, glob or URL."""
+    """A data set's name, or a CSV, Parquet or IDX path, glob or URL; `memory:KEY` is what Python gave in memory."""
     test: str | None = None
     """Source of the test split; null takes the name's own, and no test split for files."""
     fallback: str | None = None

@@ -25,8 +25,10 @@ from fmtune.errors import DataError
 from fmtune.model import Pixels
 from fmtune.readers import File, Layout, Shape, Table, complete_idx, read_files, read_images
 
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 """Part of each cached table's key: raise it when what is stored for a source changes."""
+MEMORY = "memory:"
+"""What the source of a table that was given in memory begins with; the rest is its key in the cache."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ def load_split(config: DataConfig, split: Split) -> Loaded:
         DataError: the source is missing or malformed, and `config.fallback` does not stand in.
     """
     source = config.train
+    if source.startswith(MEMORY):
+        return _load_kept(source)
     if source not in datasets.NAMES:
         return _load_files(source, Layout(config.label, config.shape))
     try:
@@ -179,6 +183,22 @@ def load_split(config: DataConfig, split: Split) -> Loaded:
             raise
         fallback = _load_named(config.fallback, split)
         return Loaded(fallback.table, fallback.source, f"stand-in for {source}; {fallback.origin}", fallback.key)
+
+
+def keep_table(table: Table) -> str:
+    """Keep a table that was given in memory in the cache of parsed tables, by its content.
+
+    Returns:
+        The source, `memory:KEY`, by which `load_split` finds it: the same for the same content.
+    """
+    content = hashlib.sha256(repr((_CACHE_FORMAT, table.images.shape, table.names)).encode())
+    content.update(table.images.reshape(-1).data)
+    content.update(table.labels.data)
+    key = content.hexdigest()[:32]
+    cached = _cached_path(key)
+    if not cached.exists():
+        _write_cached(cached, table)
+    return f"{MEMORY}{key}"
 
 
 def load_images(source: str, label: str | int, shape: Shape) -> NDArray[np.uint8]:
@@ -257,10 +277,18 @@ def _load_named(name: str, split: Split) -> Loaded:
     return Loaded(table, name, origin, f"{name}-{split}")
 
 
+def _load_kept(source: str) -> Loaded:
+    key = source.removeprefix(MEMORY)
+    cached = _cached_path(key)
+    if not cached.exists():
+        raise DataError(f"{source}: given in memory once, and not in the cache ({cached}); give the same data again")
+    return Loaded(_read_cached(cached), source, f"given in memory, kept in {cached}", key)
+
+
 def _load_files(source: str, layout: Layout) -> Loaded:
     files = _find_files(source)
     key = _identify(files, layout)
-    cached = cache_folder() / "tables" / f"{key}.parquet"
+    cached = _cached_path(key)
     if cached.exists():
         return Loaded(_read_cached(cached), source, f"parsed before, from {cached}", key)
     table = read_files(files, layout)
@@ -309,6 +337,10 @@ def _identify(files: list[File], layout: Layout) -> str:
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
 
 
+def _cached_path(key: str) -> Path:
+    return cache_folder() / "tables" / f"{key}.parquet"
+
+
 # The cache: a column of bytes an image, since Parquet reads and writes fixed-size bytes at the disk's speed and
 # lists of uint8, which fixed-shape tensors are to it, value by value.
 
@@ -317,7 +349,7 @@ def _write_cached(path: Path, table: Table) -> None:
     n, *shape = table.images.shape
     size = int(np.prod(shape))
     images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), n, [None, pa.py_buffer(table.images)])
-    metadata = {"shape": json.dumps(shape)}
+    metadata = {"shape": json.dumps(shape), "names": json.dumps(list(table.names.items()))}
     content = pa.table({"image": images, "label": pa.array(table.labels)}).replace_schema_metadata(metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and moved, so that no reader ever sees half a file.
@@ -332,4 +364,4 @@ def _read_cached(path: Path) -> Table:
     shape = json.loads(metadata[b"shape"])
     column = content.column("image").chunk(0)
     images = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, *shape)
-    return Table(images, content.column("label").to_numpy())
+    return Table(images, content.column("label").to_numpy(), dict(json.loads(metadata[b"names"])))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import tempfile
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from fmtune.checkpoint import TrainedModel, write_json
+from fmtune.checkpoint import write_json
+from fmtune.classifier import TrainedModel
 from fmtune.errors import InputError, RunFailed
+from fmtune.extras import import_extra
 from fmtune.predict import load
 
 Kind = Literal["onnx", "torch", "safetensors"]
@@ -26,21 +29,7 @@ _EXAMPLE_IMAGES = 2
 _ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
 
 
-class ImageClassifier(nn.Module):
-    """A trained network and its preprocessing in one: uint8 images (N, C, H, W) to float32 logits (N, classes)."""
-
-    def __init__(self, model: TrainedModel) -> None:
-        super().__init__()
-        self.preprocess = model.preprocess
-        self.network = model.network
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(self.preprocess(images))
-        return logits
-
-
-def export(run: str | Path, output: str | Path, kind: Kind, *, runs: str | Path = "runs") -> list[Path]:
+def export(run: str | PathLike[str], output: str | Path, kind: Kind, *, runs: str | Path = "runs") -> list[Path]:
     """Write a run's best model to `output`, and beside it `OUTPUT.json` with what its user must know.
 
     `onnx` and `torch` files take `images`, uint8 (N, C, H, W) of any N, and give `logits`, float32 (N, classes); they
@@ -57,16 +46,16 @@ def export(run: str | Path, output: str | Path, kind: Kind, *, runs: str | Path 
     output = Path(output)
     _check_output(output, kind)
     if kind == "onnx":
-        _check_onnxscript()
+        import_extra("onnx", "onnxscript", "onnxscript", "onnx")
     model = load(run, runs=runs)
     # Written aside, so that a file of the name asked for is always whole, and checked.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fmtune-") as aside:
         path = Path(aside) / output.name
         match kind:
             case "onnx":
-                _write_onnx(ImageClassifier(model), model.shape, path)
+                _write_onnx(model, path)
             case "torch":
-                _write_program(ImageClassifier(model), model.shape, path)
+                _write_program(model, path)
             case "safetensors":
                 # `save_file` makes a file that only its owner can read, and this one is for others.
                 path.write_bytes(save(model.network.state_dict()))
@@ -108,27 +97,20 @@ def _check_output(output: Path, kind: Kind) -> None:
         raise InputError(f"{output}: is a folder; expected a file's name")
 
 
-def _check_onnxscript() -> None:
-    try:
-        importlib.import_module("onnxscript")
-    except ImportError:
-        raise InputError("onnx: needs the package onnxscript; pip install 'fmtune[onnx]'") from None
-
-
 def _create_example(shape: tuple[int, int, int]) -> tuple[Tensor]:
     """Arguments to trace with; what is traced depends on their shapes alone."""
     return (torch.zeros(_EXAMPLE_IMAGES, *shape, dtype=torch.uint8),)
 
 
-def _write_program(module: ImageClassifier, shape: tuple[int, int, int], path: Path) -> None:
-    torch.export.save(torch.export.export(module, _create_example(shape), dynamic_shapes=_ANY_BATCH), path)
+def _write_program(model: TrainedModel, path: Path) -> None:
+    torch.export.save(torch.export.export(model, _create_example(model.shape), dynamic_shapes=_ANY_BATCH), path)
 
 
-def _write_onnx(module: ImageClassifier, shape: tuple[int, int, int], path: Path) -> None:
+def _write_onnx(model: TrainedModel, path: Path) -> None:
     """Write and check an ONNX file; one over 2 GB gets its weights beside it, as protobuf has no room for them."""
     torch.onnx.export(
-        module,
-        _create_example(shape),
+        model,
+        _create_example(model.shape),
         path,
         dynamo=True,
         dynamic_shapes=_ANY_BATCH,
@@ -137,11 +119,11 @@ def _write_onnx(module: ImageClassifier, shape: tuple[int, int, int], path: Path
         external_data=False,
         verbose=False,
     )
-    _verify_onnx(module, shape, path)
+    _verify_onnx(model, path)
 
 
 @torch.no_grad()
-def _verify_onnx(module: ImageClassifier, shape: tuple[int, int, int], path: Path) -> None:
+def _verify_onnx(model: TrainedModel, path: Path) -> None:
     """Compare ONNX Runtime's logits with torch's on random images, at batch sizes other than the traced one.
 
     Raises:
@@ -154,8 +136,8 @@ def _verify_onnx(module: ImageClassifier, shape: tuple[int, int, int], path: Pat
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     draws = Generator().manual_seed(0)
     for batch in (1, 5):
-        images = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8, generator=draws)
-        expected = module(images)
+        images = torch.randint(0, 256, (batch, *model.shape), dtype=torch.uint8, generator=draws)
+        expected = model(images)
         (logits,) = session.run(["logits"], {"images": images.numpy()})
         difference = float((torch.from_numpy(logits) - expected).abs().max())
         # Written so that a NaN, which compares as false, does not pass.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fmtune.batches import Batches
-from fmtune.checkpoint import TrainedModel, load_model
+from fmtune.checkpoint import load_model
+from fmtune.classifier import TrainedModel
 from fmtune.config import DataConfig
 from fmtune.data import load_images, load_split
 from fmtune.errors import DataError, InputError
+from fmtune.memory import Source, table_of_memory
+from fmtune.readers import Layout, Table
 from fmtune.run import RunFolder, find_run
 from fmtune.space import Space
-from fmtune.training import EVALUATION_BATCH, Evaluation
+from fmtune.training import Evaluation
 from fmtune.training import evaluate as evaluate_batches
 
 
@@ -45,37 +49,36 @@ class Measured:
         }
 
 
-def load(run: str | Path, *, runs: str | Path = "runs") -> TrainedModel:
+def load(run: str | PathLike[str], *, runs: str | Path = "runs") -> TrainedModel:
     """The best model of a run.
 
     Raises:
         RunFolderError: there is no such run, or it has not finished.
     """
-    return load_model(find_run(str(run), Path(runs)).best)
+    return load_model(find_run(run, Path(runs)).best)
 
 
-def evaluate(run: str | Path, data: str, *, tta: bool = False, runs: str | Path = "runs") -> Measured:
+def evaluate(run: str | PathLike[str], data: Source, *, tta: bool = False, runs: str | Path = "runs") -> Measured:
     """Measure a run's best model on a labelled source; a data set's name stands for its test split.
 
     Args:
         run: a run folder, or a name under `runs`.
-        data: the source.
+        data: the source, or what is in memory as `search` takes it; strings among its labels are names of classes.
         tta: predict from each image and its mirror image together (test-time augmentation).
         runs: folder of run folders.
 
     Raises:
         InputError: the run or the source is not as it must be.
     """
-    folder = find_run(str(run), Path(runs))
+    folder = find_run(run, Path(runs))
     model = load_model(folder.best)
-    config = DataConfig(train=data, label=_label_column(folder), shape=_table_shape(model))
-    loaded = load_split(config, "test")
-    _check_shape(model, loaded.table.images, data)
-    labels = model.classes.indices(loaded.table.labels, data)
-    return Measured(model, evaluate_model(model, loaded.table.images, labels, tta=tta))
+    place = str(data) if isinstance(data, str | Path) else "data"
+    table = _load_labelled(data, model, _label_column(folder))
+    _check_shape(model, table.images, place)
+    return Measured(model, evaluate_model(model, table.images, model.classes.indices(table.labels, place), tta=tta))
 
 
-def predict(run: str | Path, source: str, output: str | Path, *, runs: str | Path = "runs") -> int:
+def predict(run: str | PathLike[str], source: str, output: str | Path, *, runs: str | Path = "runs") -> int:
     """Write the class of each row of a source, and the probability of every class, to a CSV or Parquet file.
 
     Columns: `row` from 0 on, `label`, `name`, and `probability_<class>` for each class's name.
@@ -89,18 +92,18 @@ def predict(run: str | Path, source: str, output: str | Path, *, runs: str | Pat
     output = Path(output)
     if output.suffix not in (".csv", ".parquet"):
         raise InputError(f"{output}: format not known by its name; expected .csv or .parquet")
-    folder = find_run(str(run), Path(runs))
+    folder = find_run(run, Path(runs))
     model = load_model(folder.best)
     images = load_images(source, _label_column(folder), _table_shape(model))
     _check_shape(model, images, source)
-    probabilities = predict_probabilities(model, images)
-    best = probabilities.argmax(axis=1)
+    predictions = model.predict(images)
     columns: dict[str, Any] = {
         "row": np.arange(len(images)),
-        "label": np.array(model.classes.labels)[best],
-        "name": [model.classes.names[i] for i in best],
+        "label": predictions.labels,
+        "name": predictions.names,
     }
-    columns |= {f"probability_{name}": probabilities[:, i] for i, name in enumerate(model.classes.names)}
+    for name, probabilities in zip(model.classes.names, predictions.probabilities.T, strict=True):
+        columns[f"probability_{name}"] = probabilities
     table = pa.table(columns)
     if output.suffix == ".csv":
         pacsv.write_csv(table, output)
@@ -131,15 +134,6 @@ def evaluate_model(
     return evaluate_batches(network, model.preprocess, Batches(*tensors, torch.arange(len(images), device=device)))
 
 
-@torch.no_grad()
-def predict_probabilities(model: TrainedModel, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Probability (N, classes) of each class for uint8 images (N, C, H, W), in fp32."""
-    device = next(model.network.parameters()).device
-    batches = torch.tensor(images).split(EVALUATION_BATCH)
-    parts: list[Tensor] = [model.network(model.preprocess(batch.to(device))).softmax(dim=1).cpu() for batch in batches]
-    return torch.cat(parts).numpy()
-
-
 def wilson_interval(correct: int, images: int) -> tuple[float, float]:
     """95% interval of an accuracy (Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953)."""
     z = 1.959963984540054
@@ -161,6 +155,14 @@ def _describe_class(model: TrainedModel, confusion: NDArray[np.int64], i: int) -
         "precision": hits / predicted if predicted else None,
         "f1": 2 * hits / (true + predicted) if true + predicted else None,
     }
+
+
+def _load_labelled(data: Source, model: TrainedModel, label: str | int) -> Table:
+    shape = _table_shape(model)
+    if isinstance(data, str | Path):
+        return load_split(DataConfig(train=str(data), label=label, shape=shape), "test").table
+    names = dict(zip(model.classes.labels, model.classes.names, strict=True))
+    return table_of_memory(data, Layout(label, shape), "data", names)
 
 
 def _label_column(folder: RunFolder) -> str | int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import gzip
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -141,7 +140,7 @@ def _read_file(file: File, layout: Layout) -> Table:
 
 def _read_csv(file: File, layout: Layout) -> Table:
     header, width = _read_csv_header(file)
-    label = _find_label(layout.label, header, width, file.place if header is None else f"{file.place}:1")
+    label = find_label(layout.label, header, width, file.place if header is None else f"{file.place}:1")
     pixels = width if label is None else width - 1
     shape = layout.shape or _infer_shape(pixels, file.place)
     _check_pixels(pixels, shape, file.place)
@@ -193,7 +192,7 @@ def _lines(stream: Any) -> Iterator[bytes]:
         yield rest
 
 
-def _find_label(label: str | int | None, header: list[str] | None, width: int, place: str) -> int | None:
+def find_label(label: str | int | None, header: list[str] | None, width: int, place: str) -> int | None:
     """Position of the label's column, None if there is none."""
     if label is None:
         return None
@@ -251,22 +250,30 @@ def _read_parquet(file: File, layout: Layout) -> Table:
         table = pq.read_table(file.path, filesystem=file.system)
     except pa.ArrowInvalid as error:
         raise DataError(f"{file.place}: not a readable Parquet file ({error})") from None
+    return table_of_arrow(table, layout, file.place)
+
+
+def table_of_arrow(table: pa.Table, layout: Layout, place: str) -> Table:
+    """The labelled images of a table with a column a pixel, or with one column of whole images.
+
+    Raises:
+        DataError: it has no rows, misses values, or has others than pixels from 0 to 255 and integer labels.
+    """
     if table.num_rows == 0:
-        raise DataError(f"{file.place}: no rows; expected one image a row")
-    label = _find_label(layout.label, table.column_names, table.num_columns, file.place)
+        raise DataError(f"{place}: no rows; expected one image a row")
+    label = find_label(layout.label, table.column_names, table.num_columns, place)
     for name, column in zip(table.column_names, table.columns, strict=True):
         if column.null_count:
-            raise DataError(f"{file.place}: column {name}: {column.null_count} values are missing")
+            raise DataError(f"{place}: column {name}: {column.null_count} values are missing")
     if label is not None and not pa.types.is_integer(table.schema.field(label).type):
-        raise DataError(
-            f"{file.place}: column {table.column_names[label]}: {table.schema.field(label).type}; expected integers"
-        )
+        kind = table.schema.field(label).type
+        raise DataError(f"{place}: column {table.column_names[label]}: {kind}; expected integers")
     pixels = table.num_columns if label is None else table.num_columns - 1
     if pixels == 1:
-        return _table_of_image_column(table, label, layout.shape, file.place)
-    shape = layout.shape or _infer_shape(pixels, file.place)
-    _check_pixels(pixels, shape, file.place)
-    return _table_of_columns(_cast_pixels(table, label, file.place), label, shape)
+        return _table_of_image_column(table, label, layout.shape, place)
+    shape = layout.shape or _infer_shape(pixels, place)
+    _check_pixels(pixels, shape, place)
+    return _table_of_columns(_cast_pixels(table, label, place), label, shape)
 
 
 def _cast_pixels(table: pa.Table, label: int | None, place: str) -> pa.Table:
@@ -349,13 +356,6 @@ def _read_idx(file: File, dimensions: int) -> NDArray[np.uint8]:
     if len(content) != start + math.prod(shape):
         raise DataError(f"{file.place}: {len(content)} bytes; its header promises {start + math.prod(shape)}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def write_idx(path: str, values: NDArray[np.uint8]) -> None:
-    """Write unsigned bytes of any shape as a gzipped IDX file."""
-    header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
-    with gzip.GzipFile(path, "wb", mtime=0) as stream:
-        stream.write(header + np.ascontiguousarray(values).tobytes())
 
 
 def _infer_shape(pixels: int, place: str) -> Shape:

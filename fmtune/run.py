@@ -76,6 +76,12 @@ class RunFolder:
         self.log = path / "log.txt"
         self.clock = path / "clock.json"
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
     @classmethod
     def create(cls, path: Path, space_yaml: str) -> RunFolder:
         """Make the folder and write what is known before the first trial; a run that is resumed keeps its own."""
@@ -148,16 +154,16 @@ class RunFolder:
         return summary
 
 
-def find_run(run: str, runs: Path) -> RunFolder:
+def find_run(run: str | os.PathLike[str], runs: Path) -> RunFolder:
     """A run by its folder, or by its name under `runs`.
 
     Raises:
         RunFolderError: there is no such run.
     """
-    for path in (Path(run), runs / run):
+    for path in (Path(run), Path(runs, run)):
         if (path / "space.yaml").exists():
             return RunFolder.open(path)
-    raise RunFolderError(f"{run}: no such run, neither as a folder nor under {runs}/; see `fmtune list`")
+    raise RunFolderError(f"{os.fspath(run)}: no such run, neither as a folder nor under {runs}/; see `fmtune list`")
 
 
 def list_runs(runs: Path) -> list[RunFolder]:

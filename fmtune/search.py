@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from fmtune.context import RunContext
 from fmtune.data import TrainingData, load_training_data, weights_folder
 from fmtune.errors import FmtuneError, RunFailed, RunFolderError, SpaceError
 from fmtune.explore import Exploration, rank
+from fmtune.memory import Source, place_sources
 from fmtune.model import create_model
 from fmtune.pretrained import load_pretrained
 from fmtune.report import write_report
+from fmtune.result import RunResult
 from fmtune.room import check_room, count_slots, whole_machine
 from fmtune.run import RunFolder
 from fmtune.session import interruptible, quiet, ray_session
@@ -35,18 +37,11 @@ class Interrupted(FmtuneError):
     exit_code = 130
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a run found: its folder, and the content of its summary.json."""
-
-    folder: RunFolder
-    summary: dict[str, Any]
-
-
 def search(
     space: SpaceSource,
     *,
-    data: str | None = None,
+    data: Source | None = None,
+    test: Source | None = None,
     name: str | None = None,
     runs: str | Path = "runs",
     overrides: Sequence[str] = (),
@@ -58,7 +53,11 @@ def search(
 
     Args:
         space: a `Space`, or what `Space.load` takes.
-        data: stands in for `data.train`.
+        data: stands in for `data.train`: a name, path, glob or URL; a DataFrame with a label column and a column a
+            pixel, as the CSV format has them; or a pair of numpy arrays, images of uint8 (N, H, W), (N, H, W, C) or
+            (N, C, H, W) and labels (N,), integers or strings (`table_of_memory` has the details). What is in memory
+            is kept in the cache of parsed tables by its content, and goes by `memory:KEY`.
+        test: stands in for `data.test`, in the same forms; with neither, files and memory have no test split.
         name: of the run folder; the space file's by default.
         runs: folder of run folders, also of those that starting weights are taken from by name.
         overrides: `KEY=VALUE` of dotted keys of the space.
@@ -72,14 +71,15 @@ def search(
         RunFailed: no trial got as far as a result.
         Interrupted: Ctrl-C.
     """
-    resolved = resolve_search(space, data, overrides, Path(runs))
+    resolved = resolve_search(space, data, overrides, Path(runs), test)
     return run_space(resolved, Path(runs) / (name or _name_of(space)), resume=resume, address=address, started=started)
 
 
 def train(
     space: SpaceSource,
     *,
-    data: str | None = None,
+    data: Source | None = None,
+    test: Source | None = None,
     name: str | None = None,
     runs: str | Path = "runs",
     overrides: Sequence[str] = (),
@@ -91,17 +91,19 @@ def train(
 
     Arguments and errors are those of `search`.
     """
-    resolved = resolve_single(space, data, overrides, Path(runs))
+    resolved = resolve_single(space, data, overrides, Path(runs), test)
     return run_space(resolved, Path(runs) / (name or _name_of(space)), resume=resume, address=address, started=started)
 
 
-def resolve_search(space: SpaceSource, data: str | None, overrides: Sequence[str], runs: Path) -> Space:
-    """A space to search, with `data` and overrides in place, and the names of runs under `runs` found.
+def resolve_search(
+    space: SpaceSource, data: Source | None, overrides: Sequence[str], runs: Path, test: Source | None = None
+) -> Space:
+    """A space to search, with `data`, `test` and overrides in place, and the names of runs under `runs` found.
 
     Raises:
         SpaceError: the space is wrong, or validates on the test split.
     """
-    resolved = _resolve(space, data, overrides, runs)
+    resolved = _resolve(space, data, overrides, runs, test)
     if resolved.data.validation == "test":
         raise SpaceError(
             "data.validation: a search that validates on the test split chooses by it, and then has none left to "
@@ -110,25 +112,29 @@ def resolve_search(space: SpaceSource, data: str | None, overrides: Sequence[str
     return resolved
 
 
-def resolve_single(space: SpaceSource, data: str | None, overrides: Sequence[str], runs: Path) -> Space:
-    """A space as one training, with `data` and overrides in place, and the names of runs under `runs` found.
+def resolve_single(
+    space: SpaceSource, data: Source | None, overrides: Sequence[str], runs: Path, test: Source | None = None
+) -> Space:
+    """A space as one training, with `data`, `test` and overrides in place, and the names of runs under `runs` found.
 
     Raises:
         SpaceError: the space is wrong, or has ranges.
     """
-    resolved = _resolve(space, data, overrides, runs)
+    resolved = _resolve(space, data, overrides, runs, test)
     if resolved.ranges:
         keys = ", ".join(f"trial.{key}" for key in resolved.ranges)
         raise SpaceError(f"{keys}: ranges; `fmtune train` takes fixed values, `fmtune search` searches ranges")
     return resolved.as_single_training()
 
 
-def _resolve(space: SpaceSource, data: str | None, overrides: Sequence[str], runs: Path) -> Space:
+def _resolve(
+    space: SpaceSource, data: Source | None, overrides: Sequence[str], runs: Path, test: Source | None
+) -> Space:
     if not isinstance(space, Space):
-        return Space.load(space, overrides, data, runs)
-    if data is not None or overrides:
-        raise SpaceError("data and overrides go with a file or a mapping, not with a Space that is resolved")
-    return space
+        space = Space.load(space, overrides, runs)
+    elif overrides:
+        raise SpaceError("overrides go with a file or a mapping, not with a Space that is resolved")
+    return replace(space, data=place_sources(space.data, data, test))
 
 
 def _name_of(space: SpaceSource) -> str:
@@ -150,7 +156,7 @@ def run_space(
         with interruptible() as check, quiet() as screen, create_view(board, screen.console) as view:
             for line in weights:
                 view.note(line)
-            with ray_session(space.resources, address):
+            with ray_session(space.resources, address, view.note):
                 check_room(space.resources, has_shared_storage=space.storage is not None)
                 # What is refused before this leaves no folder behind, and a folder that is there as it was.
                 RunFolder.create(path, space.to_yaml())

@@ -112,13 +112,16 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def ray_session(resources: ResourcesConfig, address: str | None) -> Iterator[None]:
+def ray_session(resources: ResourcesConfig, address: str | None, note: Callable[[str], None] = print) -> Iterator[None]:
     """A Ray that is running: the caller's, the cluster at `address`, or one of this machine alone.
+
+    The caller's is used as it is and left running, which `note` is told.
 
     Raises:
         RunFailed: the cluster can't be reached.
     """
     if ray.is_initialized():
+        note(_describe_running(address))
         yield
         return
     try:
@@ -140,3 +143,10 @@ def ray_session(resources: ResourcesConfig, address: str | None) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def _describe_running(address: str | None) -> str:
+    free, total = (resources.get("CPU", 0) for resources in (ray.available_resources(), ray.cluster_resources()))
+    passed_over = f" in place of {address}" if address is not None else ""
+    what = f"this process has a Ray already, which is used{passed_over} and left running"
+    return f"{what}: {free:g} of {total:g} CPUs free"

@@ -50,7 +50,6 @@ class Space:
         cls,
         source: str | Path | Mapping[str, Any],
         overrides: Sequence[str] = (),
-        data: str | None = None,
         runs: Path | None = None,
     ) -> Space:
         """Read a space from a YAML file or a mapping.
@@ -58,7 +57,6 @@ class Space:
         Args:
             source: the file, or its content.
             overrides: `KEY=VALUE` of dotted keys.
-            data: stands in for `data.train`.
             runs: folder of run folders, for starting weights that go by a run's name; None takes each as a path.
 
         Raises:
@@ -67,8 +65,6 @@ class Space:
         document = Document.of_mapping(source) if isinstance(source, Mapping) else Document.of_file(Path(source))
         for override in overrides:
             document.override(override)
-        if data is not None:
-            document.replace("data.train", data, f"--data {data}")
         sections = SpaceReader(document, runs).read()
         space = cls(
             data=sections.data,

@@ -129,8 +129,8 @@ def _measure_own(context: RunContext, choice: Choice) -> dict[str, float | None]
     return {"val_accuracy": evaluation.accuracy, "val_loss": evaluation.loss}
 
 
-def print_summary(console: Console, folder: RunFolder, summary: dict[str, Any]) -> None:
-    """The last screen: what was found, against the baseline, how long it took, where it is, and what to type next."""
+def describe_summary(folder: RunFolder, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was found, against the baseline, how long it took and where it is, as lines of a name and a text."""
     trials, baseline = summary["trials"], summary["baseline"]
     lines = [("found", f"trial {summary['best_trial']}  {describe_values(summary['params'])}")]
     lines.append(("validation", _percent(summary["val_accuracy"]) + _describe_finalists(summary["finalists"])))
@@ -147,8 +147,13 @@ def print_summary(console: Console, folder: RunFolder, summary: dict[str, Any]) 
     )
     lines.append(("refit", "on training and validation rows together" if summary["refit"] else "none"))
     lines.append(("run", str(folder.path)))
-    lines.append(("next", f"fmtune evaluate {folder.path} --data FILE    fmtune predict {folder.path} FILE -o out.csv"))
-    for name, text in lines:
+    return lines
+
+
+def print_summary(console: Console, folder: RunFolder, summary: dict[str, Any]) -> None:
+    """The last screen: `describe_summary`, and what to type next."""
+    following = f"fmtune evaluate {folder.path} --data FILE    fmtune predict {folder.path} FILE -o out.csv"
+    for name, text in [*describe_summary(folder, summary), ("next", following)]:
         console.print(f"{name:<11}{text}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -69,9 +69,10 @@ def test_a_search_prints_plain_lines_and_the_last_screen(
     assert _main("search", folder / "tiny.yaml", "--runs", folder / "runs", "--name", "lines") == 0
     out, err = capfd.readouterr()
     lines = [re.sub(r"\d+\.\d+%?|\d+:\d\d", "#", line) for line in out.splitlines()]
-    words = [line.split()[0] for line in lines[3:]]
+    words = [line.split()[0] for line in lines[4:]]
     assert words == ["found", "validation", "baseline", "trials", "refit", "run", "next"]
-    assert {line[:11] for line in lines[1:3]} == {"[#] trial 0", "[#] trial 1"}
+    assert lines[1].startswith("[#] this process has a Ray already, which is used and left running")
+    assert {line[:11] for line in lines[2:4]} == {"[#] trial 0", "[#] trial 1"}
     assert f"run        {folder}/runs/lines" in out
     assert err == ""
 

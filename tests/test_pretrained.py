@@ -14,7 +14,8 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fmtune.checkpoint import TrainedModel, create_preprocess, save_model
+from fmtune.checkpoint import create_preprocess, save_model
+from fmtune.classifier import TrainedModel
 from fmtune.config import ModelConfig, TrialConfig
 from fmtune.data import Classes
 from fmtune.errors import InputError

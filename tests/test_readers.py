@@ -16,7 +16,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from fmtune.datasets import read_named
 from fmtune.errors import DataError
-from fmtune.readers import File, Layout, Table, read_files, read_images, write_idx
+from fmtune.readers import File, Layout, Table, read_files, read_images
 
 SAMPLE = Path(read_named.__code__.co_filename).parent / "sample"
 
@@ -373,10 +373,17 @@ def test_images_are_read_with_and_without_the_labels_column(name: str, labelled:
 # IDX
 
 
+def _write_idx(path: Path, values: NDArray[np.uint8]) -> None:
+    """Unsigned bytes of any shape as a gzipped IDX file."""
+    header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+    with gzip.GzipFile(path, "wb", mtime=0) as stream:
+        stream.write(header + np.ascontiguousarray(values).tobytes())
+
+
 def _write_pair(folder: Path, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> tuple[Path, Path]:
     paths = folder / "t-images-idx3-ubyte.gz", folder / "t-labels-idx1-ubyte.gz"
     for path, values in zip(paths, (images, labels), strict=True):
-        write_idx(str(path), values)
+        _write_idx(path, values)
     return paths
 
 

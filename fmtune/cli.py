@@ -114,6 +114,18 @@ def report(run: str, show: bool, runs: Path) -> None:
 
 @app.command()
 @_RUN
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@_RUNS
+def dashboard(run: str, port: int, runs: Path) -> None:
+    """Show a run's study in the browser, while it is searched too."""
+    from fmtune.dashboard import serve_dashboard
+    from fmtune.run import find_run
+
+    serve_dashboard(find_run(run, runs), port, click.echo)
+
+
+@app.command()
+@_RUN
 @click.option("-o", "output", metavar="FILE", required=True, type=click.Path(path_type=Path), help="Where to write it.")
 @click.option("--format", "kind", type=click.Choice(["onnx", "torch", "safetensors"]), required=True)
 @_RUNS

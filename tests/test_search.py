@@ -200,7 +200,8 @@ def test_the_board_knows_what_is_under_way(
     (witness,) = witnesses
     finalists = {name for name in witness.seen if name.startswith("finalist-")}
     assert witness.seen - finalists == {"trial 0", "trial 1", "trial 2", "refit"}
-    assert len(finalists) == 2 * 3
+    assert {name.split("-")[1] for name in finalists} < {"00000", "00001", "00002"}
+    assert len(finalists) in (4, 6, 8, 10)  # two leaders, from two to five seeds each
     assert witness.board.capacity is not None
     assert 1 <= witness.most <= ray.cluster_resources()["CPU"]
     assert witness.board.in_flight == {}

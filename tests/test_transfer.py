@@ -66,9 +66,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("freeze", [0, 3, 5])
+@pytest.mark.parametrize("freeze", [0, 3])
 def test_weights_of_other_classes_help_where_images_are_few(pretrained: str, freeze: int) -> None:
-    """With 20 images a class, whether all stages are trained on, some, or the head alone."""
+    """With 20 images a class, whether all stages are trained on or some; the head alone does not make up for it."""
     few, others = _pick(_load(5), FEW)
     scratch = _accuracy(_train(few, ModelConfig(width=8), epochs=20), others)
     tuned = _accuracy(_train(few, ModelConfig(width=8, pretrained=pretrained, freeze=freeze), epochs=20), others)

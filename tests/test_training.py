@@ -92,7 +92,7 @@ def test_bright_and_dark_are_told_apart(
     network, train, other = _resnet(), _dark_and_bright(64), _dark_and_bright(40, seed=1)
     before = evaluate(network, PREPROCESS, other)
     config = _config(
-        epochs=4,
+        epochs=8,
         batch_size=16,
         precision=precision,
         augment=AugmentConfig(),

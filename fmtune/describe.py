@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from fmtune.config import DataConfig
 from fmtune.data import Classes, Loaded, load_split, measure_pixels
 from fmtune.model import Pixels
+from fmtune.pictures import to_picture
 from fmtune.readers import Table
 
 _RARE_SHARE = 0.1
@@ -75,16 +76,10 @@ def draw_grid(table: Table, classes: Classes, path: Path) -> None:
     for i, samples in enumerate(rows):
         draw.text((_CELL_MARGIN, i * row_height), f"{classes.labels[i]}  {classes.names[i]}", fill="black")
         for j, sample in enumerate(samples):
-            picture = _to_picture(table.images[sample]).resize(
-                (width * scale, height * scale), Image.Resampling.NEAREST
-            )
+            size = width * scale, height * scale
+            picture = to_picture(table.images[sample]).resize(size, Image.Resampling.NEAREST)
             sheet.paste(picture, (_CELL_MARGIN + j * cell_width, i * row_height + _CAPTION_HEIGHT))
     sheet.save(path)
-
-
-def _to_picture(image: NDArray[np.uint8]) -> Image.Image:
-    """An image (C, H, W) as RGB."""
-    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).convert("RGB")
 
 
 def _find_problems(table: Table, classes: Classes, counts: NDArray[np.int64]) -> list[str]:

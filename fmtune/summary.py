@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
+from fmtune.calibration import find_mistakes, measure_calibration
 from fmtune.checkpoint import save_model, write_json
 from fmtune.choice import Choice, load_trial_model, mean_of
 from fmtune.context import RunContext
@@ -14,7 +18,7 @@ from fmtune.data import has_test_split, load_test_split
 from fmtune.errors import DataError
 from fmtune.predict import Measured, evaluate_model, wilson_interval
 from fmtune.run import RunFolder, TrialRecord
-from fmtune.training import EpochMetrics
+from fmtune.training import EpochMetrics, Evaluation
 from fmtune.view import describe_values, format_seconds
 
 
@@ -41,11 +45,15 @@ def conclude(context: RunContext, choice: Choice) -> dict[str, Any]:
 
 
 def _write(
-    context: RunContext, choice: Choice, summary: dict[str, Any], own: dict[str, float | None], test: Measured | None
+    context: RunContext,
+    choice: Choice,
+    summary: dict[str, Any],
+    own: dict[str, float | None],
+    test: dict[str, Any] | None,
 ) -> None:
     context.folder.write_summary(summary)
     of_the_test = {key: summary[key] for key in ("test_accuracy", "test_interval", "test_loss")}
-    metrics = {**own, **of_the_test, "refit": choice.is_refit, "test": test and test.as_dict()}
+    metrics = {**own, **of_the_test, "refit": choice.is_refit, "test": test}
     write_json(context.folder.best / "metrics.json", metrics)
 
 
@@ -104,8 +112,12 @@ def _describe_baseline(record: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _measure_test(context: RunContext, choice: Choice, summary: dict[str, Any]) -> Measured:
-    """Read the test split, and enter what the model and the baseline reach on it into the summary."""
+def _measure_test(context: RunContext, choice: Choice, summary: dict[str, Any]) -> dict[str, Any]:
+    """Read the test split, and enter what the model and the baseline reach on it into the summary.
+
+    Returns:
+        `Measured.as_dict()` of the model, with its `calibration` and its surest `mistakes`.
+    """
     loaded = load_test_split(context.space.data, context.data.loaded)
     labels = context.data.classes.indices(loaded.table.labels, loaded.source)
     best = evaluate_model(choice.model, loaded.table.images, labels)
@@ -117,7 +129,15 @@ def _measure_test(context: RunContext, choice: Choice, summary: dict[str, Any]) 
     if summary["baseline"] and baseline and baseline.checkpoint:
         evaluation = evaluate_model(load_trial_model(context, baseline), loaded.table.images, labels)
         summary["baseline"]["test_accuracy"] = evaluation.accuracy
-    return Measured(choice.model, best)
+    return Measured(choice.model, best).as_dict() | _examine(best, loaded.table.images, labels)
+
+
+def _examine(evaluation: Evaluation, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> dict[str, Any]:
+    predicted, confidence = evaluation.predicted.cpu().numpy(), evaluation.confidence.cpu().numpy()
+    return {
+        "calibration": asdict(measure_calibration(confidence, predicted == labels)),
+        "mistakes": [asdict(mistake) for mistake in find_mistakes(images, labels, predicted, confidence)],
+    }
 
 
 def _measure_own(context: RunContext, choice: Choice) -> dict[str, float | None]:

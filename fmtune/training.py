@@ -97,11 +97,14 @@ class Report(Protocol):
 class Evaluation:
     """Predictions over a split, and what they are worth.
 
-    `confusion` is int64 (classes, classes), rows the true class and columns the predicted one.
+    `confusion` is int64 (classes, classes), rows the true class and columns the predicted one. `predicted` is int64
+    (N,), the class of each of this worker's rows in their order, and `confidence` float32 (N,), its probability.
     """
 
     loss: float
     confusion: Tensor = field(repr=False)
+    predicted: Tensor = field(repr=False)
+    confidence: Tensor = field(repr=False)
 
     @property
     def images(self) -> int:
@@ -310,7 +313,7 @@ def evaluate(
     *,
     first: int = 0,
 ) -> Evaluation:
-    """Cross entropy and confusion counts over a split, summed over all workers.
+    """Cross entropy and confusion counts over a split, summed over all workers, and this worker's predictions.
 
     Args:
         network: gives logits (N, classes) for what `prepare` makes of a batch.
@@ -322,16 +325,19 @@ def evaluate(
     network.eval()
     forward: Forward = partial(network, first=first) if first else network
     total = torch.zeros((), dtype=torch.float64, device=batches.device)
-    pairs = []
+    pairs, predicted, confidence = [], [], []
     for images, labels in batches.ordered(EVALUATION_BATCH):
         with autocast(precision, batches.device):
             logits = forward(prepare(images))
         total += F.cross_entropy(logits.float(), labels, reduction="sum").double()
-        pairs.append(labels * logits.shape[1] + logits.argmax(dim=1))
+        predicted.append(logits.argmax(dim=1))
+        confidence.append(logits.float().softmax(dim=1).amax(dim=1))
+        pairs.append(labels * logits.shape[1] + predicted[-1])
     classes = logits.shape[1]
     counts = torch.bincount(torch.cat(pairs), minlength=classes * classes).double()
     loss, *confusion = _sum_over_workers(torch.cat([total.view(1), counts]))
-    return Evaluation(loss / sum(confusion), torch.tensor(confusion, dtype=torch.int64).view(classes, classes))
+    matrix = torch.tensor(confusion, dtype=torch.int64).view(classes, classes)
+    return Evaluation(loss / sum(confusion), matrix, torch.cat(predicted), torch.cat(confidence))
 
 
 def _sum_over_workers(values: Tensor) -> list[float]:

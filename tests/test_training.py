@@ -335,6 +335,9 @@ def test_evaluation_equals_a_plain_numpy_computation(monkeypatch: pytest.MonkeyP
     assert result.images == 30
     assert result.correct == int(np.trace(confusion))
     assert result.accuracy == pytest.approx(float(np.trace(confusion)) / 30)
+    assert result.predicted.tolist() == logits.argmax(axis=1).tolist()
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert result.confidence.numpy() == pytest.approx(shares.max(axis=1), rel=1e-5)
 
 
 def test_evaluation_changes_neither_weights_nor_statistics() -> None:

@@ -102,14 +102,15 @@ def predict(run: str, source: str, output: Path, runs: Path) -> None:
 @click.option("--open", "show", is_flag=True, help="Show it in a browser.")
 @_RUNS
 def report(run: str, show: bool, runs: Path) -> None:
-    """Write a run's page, report.html."""
+    """Write a run's report, as a page and as Markdown with plots, and its model card."""
     from fmtune.report import write_report
     from fmtune.run import find_run
 
-    path = write_report(find_run(run, runs))
-    click.echo(str(path))
+    page, *others = write_report(find_run(run, runs))
+    for path in (page, *others):
+        click.echo(str(path))
     if show:
-        click.launch(str(path))
+        click.launch(str(page))
 
 
 @app.command()

@@ -51,10 +51,11 @@ def _write(
     own: dict[str, float | None],
     test: dict[str, Any] | None,
 ) -> None:
-    context.folder.write_summary(summary)
     of_the_test = {key: summary[key] for key in ("test_accuracy", "test_interval", "test_loss")}
     metrics = {**own, **of_the_test, "refit": choice.is_refit, "test": test}
     write_json(context.folder.best / "metrics.json", metrics)
+    # The summary says that the run has finished, and so comes last.
+    context.folder.write_summary(summary)
 
 
 def _summarise(context: RunContext, choice: Choice) -> dict[str, Any]:

@@ -121,6 +121,14 @@ def test_predict_writes_a_row_for_each_image(
     assert accuracy == sum(row["label"] == label for row, label in zip(rows, true, strict=True)) / 200
 
 
+def test_report_prints_what_it_wrote_the_page_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("report", run) == 0
+    first, *others = map(Path, capsys.readouterr().out.splitlines())
+    assert first == run / "report.html"
+    assert {run / "report.md", run / "best" / "README.md", run / "plots" / "loss.png"} <= set(others)
+    assert all(path.is_file() for path in (first, *others))
+
+
 def test_list_shows_what_runs_found(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main("list", "--runs", run.parent) == 0
     accuracy = json.loads((run / "summary.json").read_text())["val_accuracy"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -18,10 +19,13 @@ from rich.console import Console
 from tables import sample_rows, write_csv
 
 import fmtune.summary
-from fmtune import evaluate, load, search, train
+from fmtune import evaluate, load, predict, search, train
 from fmtune.board import Board
+from fmtune.calibration import measure_calibration
+from fmtune.checkpoint import read_json
 from fmtune.data import measure_pixels
 from fmtune.errors import InputError, RunFailed, RunFolderError, SpaceError
+from fmtune.model import count_parameters
 from fmtune.readers import Table
 from fmtune.run import RunFolder, TrialRecord
 from fmtune.search import RunResult
@@ -69,15 +73,23 @@ def test_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(ray_cluster: None, source: Path, test_source: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    """A search of four trials whose test file does not exist before the chosen model is saved."""
+    """A search of four trials whose test file is not there before the chosen model is saved, nor read a second time."""
     save_model = fmtune.summary.save_model
 
     def save_then_reveal(*args: Any) -> None:
         save_model(*args)
         write_csv(test_source, sample_rows("test", 30))
 
+    load_test_split = fmtune.summary.load_test_split
+
+    def load_then_hide(*args: Any) -> Any:
+        loaded = load_test_split(*args)
+        patched.setattr(fmtune.summary, "load_test_split", None)
+        return loaded
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(fmtune.summary, "save_model", save_then_reveal)
+        patched.setattr(fmtune.summary, "load_test_split", load_then_hide)
         space = _space(source, data={"test": str(test_source)})
         return search(space, name="four", runs=tmp_path_factory.mktemp("runs"))
 
@@ -94,6 +106,31 @@ def test_the_reloaded_model_has_the_recorded_accuracy(result: RunResult, test_so
     assert measured["accuracy"] == result.summary["test_accuracy"]
     assert measured["loss"] == result.summary["test_loss"]
     assert measured["interval"] == result.summary["test_interval"]
+
+
+def test_calibration_and_mistakes_are_those_of_the_saved_model(
+    result: RunResult, test_source: Path, tmp_path: Path
+) -> None:
+    """Against the probabilities that predict writes for the test split."""
+    predict(result.folder.path, str(test_source), tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet")
+    probabilities = np.stack([table.column(f"probability_{i}").to_numpy() for i in range(10)], axis=1)
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    labels = sample_rows("test", 30).labels
+    test = read_json(result.folder.best / "metrics.json")["test"]
+    expected = measure_calibration(confidence, predicted == labels)
+    assert test["calibration"]["ece"] == pytest.approx(expected.ece)
+    assert [entry["images"] for entry in test["calibration"]["bins"]] == [b.images for b in expected.bins]
+    wrong = sorted(np.flatnonzero(predicted != labels), key=lambda row: -confidence[row])[:24]
+    assert [(m["row"], m["true"], m["predicted"]) for m in test["mistakes"]] == [
+        (row, labels[row], predicted[row]) for row in wrong
+    ]
+    assert set(test) == {"accuracy", "interval", "loss", "per_class", "confusion", "calibration", "mistakes"}
+
+
+def test_the_card_counts_the_parameters_of_the_saved_model(result: RunResult) -> None:
+    count = count_parameters(load(result.folder.path).network)
+    assert f"({count:,} parameters, stem imagenet)" in result.folder.card.read_text(encoding="utf-8")
 
 
 def test_a_search_learns(result: RunResult) -> None:
@@ -113,6 +150,9 @@ def test_the_run_folder_is_complete(result: RunResult) -> None:
         "study.db",
         "summary.json",
         "report.html",
+        "report.md",
+        "plots/reliability.png",
+        "best/README.md",
         "best/model.safetensors",
         "best/config.json",
         "best/classes.json",

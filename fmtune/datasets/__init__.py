@@ -39,6 +39,12 @@ _CLASSES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 NAMES = ("sample", *_BUILTIN)
 """What `data.train` takes as a name."""
+LICENCES = {
+    "sample": "MIT, https://github.com/zalandoresearch/fashion-mnist",
+    "fashion-mnist": "MIT, https://github.com/zalandoresearch/fashion-mnist",
+    "kmnist": "CC BY-SA 4.0, https://github.com/rois-codh/kmnist",
+}
+"""Licence of the images, and where their publisher states it; the other names have none that is beyond doubt."""
 _BUNDLED = Path(__file__).parent / "sample"
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""

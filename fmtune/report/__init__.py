@@ -1,26 +1,46 @@
-"""The page of a run: one file that opens with no network and shows what was found, and why to believe it."""
+"""The report of a run: what was found, and why to believe it, as a page, as Markdown with plots, and as a model card.
+
+The page is one file that opens with no network.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from fmtune.report.card import create_card
+from fmtune.report.markdown import create_markdown
 from fmtune.report.page import create_page
 from fmtune.report.read import read_run
+from fmtune.report.sections import create_sections
 from fmtune.run import RunFolder
 
 __all__ = ["write_report"]
 
 
-def write_report(folder: RunFolder) -> Path:
-    """Write `report.html` from what is in a finished run's folder, and return its path.
+def write_report(folder: RunFolder) -> list[Path]:
+    """Write a finished run's report from what is in its folder alone.
+
+    Returns:
+        The files written: report.html, report.md, best/README.md and the PNGs in plots/.
 
     Raises:
-        RunFolderError: the run has not finished.
+        RunFolderError: the run has not finished, or its model is not there.
         SpaceError: its space.yaml was changed to something that is no search space.
     """
-    page = create_page(read_run(folder))
-    # Written aside and moved, so that a browser never opens half a page.
-    aside = folder.report.with_name(folder.report.name + ".part")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(folder.report)
-    return folder.report
+    # Matplotlib takes a second to import, which a run need not wait for before its end.
+    from fmtune.report.drawings import write_drawings
+
+    run = read_run(folder)
+    sections = create_sections(run)
+    drawings = write_drawings(run, folder.plots)
+    texts = {
+        folder.report: create_page(run, sections),
+        folder.markdown: create_markdown(run, sections, [path.stem for path in drawings]),
+        folder.card: create_card(run),
+    }
+    for path, text in texts.items():
+        # Written aside and moved, so that a browser never opens half a page.
+        aside = path.with_name(f"{path.name}.part")
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    return [*texts, *drawings]

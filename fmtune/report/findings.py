@@ -7,15 +7,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fmtune.calibration import Bin, Calibration
 from fmtune.predict import wilson_interval
 from fmtune.report.read import Run, Trial, finite
-from fmtune.report.words import percent, plural
+from fmtune.report.words import listing, percent, plural
 from fmtune.training import EpochMetrics
 
 _RISE = 1.02
 """Validation loss counts as turned up when it ends this much above its lowest; less is the noise of small splits."""
 _FALL = 0.98
 """And as still falling when the last epoch took it below this share of the best one before."""
+MATRIX_CLASSES = 60
+"""Classes that a confusion matrix can show; more would be too small to see and too large to ship."""
+_BY_CHANCE = 1.5
+"""A calibration error up to this many times of what chance gives on average is put down to chance."""
+_SCALING = (
+    "that is fitted on images held out of the training (temperature scaling; Guo et al., 2017); the predicted classes "
+    "stay as they are."
+)
+_TRUST = {
+    "fair": "Well calibrated, as far as so many images can tell: the probabilities can be taken as they stand.",
+    "over": "Over-confident: it is surer than it is right, so don't decide by its probabilities as they stand. Two "
+    "ways to mend that: more label smoothing in the training (trial.optim.label_smoothing, here {smoothing:g}) or "
+    "mixup; or dividing the logits by a temperature above 1 " + _SCALING,
+    "under": "Under-confident: it is right more often than its probabilities say. Two ways to mend that: less label "
+    "smoothing in the training (trial.optim.label_smoothing, here {smoothing:g}), mixup or cutmix; or dividing the "
+    "logits by a temperature below 1 " + _SCALING,
+    "mixed": "Too sure in some bins and not sure enough in others, so don't decide by its probabilities as they stand. "
+    "One temperature for all (temperature scaling) can't mend both; try other values of label smoothing "
+    "(trial.optim.label_smoothing, here {smoothing:g}).",
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +121,24 @@ def judge(gain: Gain) -> str | None:
     )
 
 
+def describe_caveats(run: Run, gain: Gain) -> list[str]:
+    """What a reader must know before believing the headline."""
+    summary, texts = run.summary, []
+    if run.space.data.validation == "test":
+        texts.append("The validation rows are the test split (data.validation: test): both say the same.")
+    elif gain.split == "validation":
+        chose = "" if run.is_single else " The validation accuracy also chose between trials, so expect less elsewhere."
+        texts.append(f"There was no test split.{chose} Measure on images that the run has not seen: fmtune evaluate.")
+    elif summary["val_accuracy"] is not None:
+        chose = ", by which the search chose" if run.metric == "val_accuracy" and not run.is_single else ""
+        texts.append(f"Validation accuracy{chose}: {percent(summary['val_accuracy'])}.")
+    reference = summary["baseline"]
+    if reference and reference["epochs"] < reference["of_epochs"]:
+        done = f"{reference['epochs']} of its {reference['of_epochs']} epochs"
+        texts.append(f"The baseline had time for {done} only, so the gain is partly one of training longer.")
+    return texts
+
+
 def running_best(run: Run) -> list[tuple[int, float]]:
     """(number, value) of each trial that set a new best; trials stopped early count only if none ran to its end."""
     measured = [(trial, value) for trial in run.trials if (value := run.value(trial)) is not None]
@@ -142,6 +181,25 @@ def confusions(test: Any, count: int = 10) -> list[tuple[str, str, int, float]]:
     return sorted(wrong, key=lambda entry: -entry[2])[:count]
 
 
+def most_confused(confusion: Sequence[Sequence[int]]) -> list[int]:
+    """Classes that a matrix shows: all, or as many as it has room for, those with most mistakes."""
+    missed = [sum(row) - row[i] for i, row in enumerate(confusion)]
+    return sorted(sorted(range(len(missed)), key=lambda i: -missed[i])[:MATRIX_CLASSES])
+
+
+def count_mistakes(test: Any) -> tuple[int, int]:
+    """(images taken for another class, images) of the test split."""
+    images = sum(map(sum, test["confusion"]))
+    return images - sum(row[i] for i, row in enumerate(test["confusion"])), images
+
+
+def describe_weakest(test: Any) -> str | None:
+    """The three classes with the lowest F1; None where no class has one."""
+    known = sorted((row for row in test["per_class"] if row["f1"] is not None), key=lambda row: row["f1"])
+    weakest = [f"{row['name']} ({percent(row['f1'])})" for row in known[:3]]
+    return f"Lowest F1 on the test split: {listing(weakest)}." if weakest else None
+
+
 def describe_counts(run: Run) -> str:
     """How many trials ended which way."""
     counts = run.summary["trials"]
@@ -160,3 +218,61 @@ def describe_best_epoch(epochs: Sequence[EpochMetrics]) -> str:
     if loss is not None and accuracy is not None:
         text += f", validation loss {loss:.4f}, validation accuracy {percent(accuracy)}"
     return text + "."
+
+
+def describe_data(run: Run) -> str:
+    """What the run was trained and measured on."""
+    data = run.summary["dataset"]
+    shape = " x ".join(map(str, data["shape"]))
+    rows = f"{data['train']:,} training, {data['validation']:,} validation"
+    rows += f" and {data['test']:,} test images" if data["test"] is not None else " images"
+    return f"{data['source']} ({data['origin']}): {rows}, {data['classes']} classes, {shape} (channels, height, width)."
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far a model's confidence can be believed; `confidence` is its mean over the test images."""
+
+    kind: Literal["fair", "over", "under", "mixed"]
+    confidence: float
+    accuracy: float
+    text: str
+
+
+def weigh_confidence(calibration: Calibration, smoothing: float) -> Trust:
+    """Whether the model is too sure or not sure enough, and what helps; `smoothing` is that of its labels."""
+    images = sum(b.images for b in calibration.bins)
+    confidence = sum(b.images * (b.confidence or 0.0) for b in calibration.bins) / images
+    accuracy = sum(b.images * (b.accuracy or 0.0) for b in calibration.bins) / images
+    gap = confidence - accuracy
+    if calibration.ece <= _BY_CHANCE * error_by_chance(calibration.bins):
+        kind: Literal["fair", "over", "under", "mixed"] = "fair"
+    elif abs(gap) < calibration.ece / 2:
+        kind = "mixed"
+    else:
+        kind = "over" if gap > 0 else "under"
+    return Trust(kind, confidence, accuracy, _TRUST[kind].format(smoothing=smoothing))
+
+
+def describe_error(calibration: Calibration) -> str:
+    """What the expected calibration error says."""
+    return (
+        "A calibrated model is right about nine in ten of the images that it predicts with 90%. The expected "
+        "calibration error (ECE; Guo et al., 2017, arXiv:1706.04599) is how far confidence and accuracy lie apart in "
+        f"each of {len(calibration.bins)} bins, on average over the test images: {100 * calibration.ece:.2f} "
+        f"percentage points. Chance in which images were drawn gives a perfectly calibrated model about "
+        f"{100 * error_by_chance(calibration.bins):.2f}."
+    )
+
+
+def error_by_chance(bins: Sequence[Bin]) -> float:
+    """About the expected calibration error of a model whose every confidence is true, over images as many as these."""
+    images = sum(b.images for b in bins)
+    # The share of hits among n images strays from its mean c by sqrt(2 c (1 - c) / (pi n)) on average.
+    strayed = [math.sqrt(2 * b.images * b.confidence * (1 - b.confidence) / math.pi) for b in bins if b.confidence]
+    return sum(strayed) / images
+
+
+def accuracy_interval(measured: Bin) -> tuple[float, float]:
+    """95% interval of the accuracy in a bin that has images."""
+    return wilson_interval(round((measured.accuracy or 0.0) * measured.images), measured.images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _NUMBER = re.compile(r"[-+]?[\d.,:]+(e[-+]?\d+)?%?|-")
 
@@ -15,12 +15,12 @@ class Html(str):
 
 def element(tag: str, *children: str, **attributes: str | int | None) -> Html:
     """An element; `class_` gives `class`, `aria_label` gives `aria-label`, None leaves an attribute out."""
-    written = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-        for name, value in attributes.items()
-        if value is not None
-    )
-    return Html(f"<{tag}{written}>{join(children)}</{tag}>")
+    return Html(f"<{tag}{_attributes(attributes)}>{join(children)}</{tag}>")
+
+
+def image(**attributes: str | int) -> Html:
+    """An `img`, which has no end tag; attributes are written as those of `element`."""
+    return Html(f"<img{_attributes(attributes)}>")
 
 
 def join(children: Iterable[str]) -> Html:
@@ -31,7 +31,7 @@ def join(children: Iterable[str]) -> Html:
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
     """A table that scrolls sideways by itself on a narrow screen; the first cell of a row names it."""
     rows = list(rows)
-    classes = [_column_class([row[i] for row in rows]) for i in range(len(header))]
+    classes = ["number" if are_numbers([row[i] for row in rows]) else None for i in range(len(header))]
     heads = [element("th", text, scope="col", class_=kind) for text, kind in zip(header, classes, strict=True)]
     body = [_row(row, classes) for row in rows]
     content = element(
@@ -39,6 +39,11 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) ->
     )
     # A region that scrolls must take the focus, or the keyboard can't scroll it.
     return element("div", content, class_="scroll", role="region", aria_label=caption, tabindex=0)
+
+
+def are_numbers(texts: Sequence[str]) -> bool:
+    """Whether a column is one of numbers, which are set flush right, under a heading that is too."""
+    return all(_NUMBER.fullmatch(text) for text in texts)
 
 
 def details(summary: str, *children: str) -> Html:
@@ -51,11 +56,14 @@ def plot_text(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
+def _attributes(attributes: Mapping[str, str | int | None]) -> str:
+    return "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for name, value in attributes.items()
+        if value is not None
+    )
+
+
 def _row(row: Sequence[str], classes: Sequence[str | None]) -> Html:
     cells = (element("td", text, class_=kind) for text, kind in zip(row[1:], classes[1:], strict=True))
     return element("tr", element("th", row[0], scope="row"), *cells)
-
-
-def _column_class(texts: Sequence[str]) -> str | None:
-    """Numbers are set flush right, under a heading that is too."""
-    return "number" if all(_NUMBER.fullmatch(text) for text in texts) else None

@@ -10,11 +10,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fmtune.calibration import Bin
 from fmtune.ranges import Choice, Range
-from fmtune.report.findings import leaders, pareto_front, running_best
+from fmtune.report.findings import accuracy_interval, leaders, pareto_front, running_best
 from fmtune.report.markup import plot_text
 from fmtune.report.read import STATES, Run, Trial, finite
-from fmtune.report.words import decimal, scalar, short
+from fmtune.report.words import decimal, percent, scalar, short
 from fmtune.training import EpochMetrics
 
 Figure = dict[str, Any]
@@ -27,11 +28,9 @@ _MARKERS = {
 }
 _BASELINE_MARKER = {"symbol": "diamond", "size": 11, "color": "--second"}
 _BEST_MARKER = {"symbol": "star", "size": 16, "color": "--good", "line": {"width": 1, "color": "--paper"}}
-MATRIX_CLASSES = 60
-"""Classes that a confusion matrix can show; more would be too small to see and too large to ship."""
 _CROWD = 50
 """Lines of parallel coordinates from which on they must be faint to be seen through."""
-_WRITTEN_CLASSES = 12
+WRITTEN_CLASSES = 12
 """Classes up to which the matrix has room for numbers on a phone."""
 
 
@@ -54,16 +53,9 @@ def _hover_text(run: Run, trial: Trial) -> str:
 def draw_result(rows: Sequence[tuple[str, float, tuple[float, float] | None]]) -> Figure:
     """Accuracies with their 95% intervals, the first row on top."""
     colors = ["--accent", "--second"][: len(rows)]
-    error = {
-        "type": "data",
-        "symmetric": False,
-        "array": [100 * (around[1] - value) if around else 0 for _, value, around in rows],
-        "arrayminus": [100 * (value - around[0]) if around else 0 for _, value, around in rows],
-        "color": "--ink",
-        "thickness": 2,
-        "width": 8,
-    }
-    trace = _scatter([100 * value for _, value, _ in rows], [name for name, *_ in rows], mode="markers", error_x=error)
+    values = [100 * value for _, value, _ in rows]
+    error = _error_bars(values, [around for *_, around in rows]) | {"width": 8}
+    trace = _scatter(values, [name for name, *_ in rows], mode="markers", error_x=error)
     trace |= {"marker": {"size": 13, "color": colors}, "hovertemplate": "%{y}: %{x:.2f}%<extra></extra>"}
     axes = {"xaxis": {"title": {"text": "accuracy, %"}}, "yaxis": {"autorange": "reversed", "type": "category"}}
     return _figure([trace], showlegend=False, **axes)
@@ -306,7 +298,7 @@ def draw_confusion(names: Sequence[str], confusion: Sequence[Sequence[int]], cho
         "xgap": 1,
         "ygap": 1,
     }
-    if len(chosen) <= _WRITTEN_CLASSES:
+    if len(chosen) <= WRITTEN_CLASSES:
         ink = {"color": "--ink"}
         trace |= {"text": counts, "texttemplate": "%{text}", "textfont": ink, "showscale": False}
     ticks = {"tickvals": list(range(len(labels))), "ticktext": labels, "showgrid": False}
@@ -318,6 +310,42 @@ def draw_confusion(names: Sequence[str], confusion: Sequence[Sequence[int]], cho
 def _describe_cell(true: str, predicted: str, images: int, total: int) -> str:
     lines = f"true: {plot_text(short(true, 40))}", f"predicted: {plot_text(short(predicted, 40))}"
     return "<br>".join([*lines, f"{images} of {total} images ({100 * images / total:.1f}%)"])
+
+
+def draw_reliability(bins: Sequence[Bin]) -> Figure:
+    """Accuracy over confidence in each bin, beside a perfectly calibrated model's, and each bin's share of images."""
+    filled = [b for b in bins if b.images]
+    images = sum(b.images for b in filled)
+    texts = [_describe_bin(b) for b in filled]
+    spread = {
+        "type": "bar",
+        "name": "share of images",
+        "x": [50 * (b.low + b.high) for b in filled],
+        "y": [100 * b.images / images for b in filled],
+        "width": 90 / len(bins),
+        "marker": {"color": "--stopped", "opacity": 0.4},
+    }
+    ends = [0, 100]
+    line = {"color": "--second", "dash": "dash", "width": 2}
+    ideal = _scatter(ends, ends, name="perfectly calibrated", mode="lines") | {"line": line, "hoverinfo": "skip"}
+    x, y = [100 * (b.confidence or 0.0) for b in filled], [100 * (b.accuracy or 0.0) for b in filled]
+    error = _error_bars(y, [accuracy_interval(b) for b in filled]) | {"width": 4}
+    points = _scatter(x, y, name="accuracy", mode="lines+markers", error_y=error)
+    points |= {"line": {"color": "--accent", "width": 2}, "marker": {"size": 9}}
+    hover = {"hovertext": texts, "hoverinfo": "text"}
+    axes = _axes("confidence, %", "accuracy, %")
+    axes["xaxis"] |= {"range": ends}
+    axes["yaxis"] |= {"range": [0, 103]}
+    return _figure([spread | hover, ideal, points | hover], **axes)
+
+
+def _describe_bin(measured: Bin) -> str:
+    lines = (
+        f"<b>confidence {100 * measured.low:.1f}% to {100 * measured.high:.1f}%</b>",
+        f"{measured.images:,} images, mean confidence {percent(measured.confidence)}",
+        f"accuracy {percent(measured.accuracy)}",
+    )
+    return "<br>".join(lines)
 
 
 # Parts
@@ -334,6 +362,19 @@ def _whole(span: float) -> dict[str, Any]:
 
 def _axes(x: str, y: str) -> dict[str, dict[str, Any]]:
     return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+
+
+def _error_bars(values: Sequence[float], intervals: Sequence[tuple[float, float] | None]) -> dict[str, Any]:
+    """From values in percent to the ends of their intervals, which are shares of 1."""
+    pairs = list(zip(values, intervals, strict=True))
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [100 * around[1] - value if around else 0 for value, around in pairs],
+        "arrayminus": [value - 100 * around[0] if around else 0 for value, around in pairs],
+        "color": "--ink",
+        "thickness": 2,
+    }
 
 
 def _scatter(x: Sequence[Any], y: Sequence[Any], **more: Any) -> dict[str, Any]:

@@ -7,10 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from fmtune.calibration import Bin, Calibration, Mistake
 from fmtune.checkpoint import read_json
-from fmtune.config import Scalar
+from fmtune.config import Scalar, TrialConfig
+from fmtune.errors import RunFolderError
 from fmtune.ranges import Choice, Range
 from fmtune.run import RunFolder
 from fmtune.space import Space
@@ -18,6 +23,8 @@ from fmtune.training import EpochMetrics
 
 STATES = {"complete": "complete", "pruned": "stopped early", "failed": "failed", "running": "unfinished"}
 """What people read for the states of trials.csv."""
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Ends of the names of tensors that a network keeps and does not train."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,12 @@ class Run:
         environment: content of environment.json.
         space: what was searched or trained; `yaml` is its text.
         trials: in the order of their numbers.
+        config: what the kept model was trained with.
+        classes: names of the classes that it tells apart.
+        parameters: number of its weights.
         test: `Measured.as_dict()` of the kept model on the test split, if there was one.
+        calibration: of the kept model on the test split; None where it was not measured, as in runs of older versions.
+        mistakes: its surest ones there, the surest first; None likewise.
     """
 
     folder: RunFolder
@@ -64,7 +76,12 @@ class Run:
     space: Space
     yaml: str
     trials: Sequence[Trial]
+    config: TrialConfig
+    classes: Sequence[str]
+    parameters: int
     test: Mapping[str, Any] | None
+    calibration: Calibration | None
+    mistakes: Sequence[Mistake] | None
 
     @property
     def name(self) -> str:
@@ -107,15 +124,17 @@ class Run:
 
 
 def read_run(folder: RunFolder) -> Run:
-    """Read all that the page shows.
+    """Read all that the report shows.
 
     Raises:
-        RunFolderError: the run has not finished.
+        RunFolderError: the run has not finished, or its model is not there.
         SpaceError: its space.yaml is no search space.
     """
     summary = folder.read_summary()
     space = Space.load(folder.space)
-    metrics = folder.best / "metrics.json"
+    test = read_json(_find_best(folder, "metrics.json")).get("test")
+    measured = test or {}
+    calibration, mistakes = measured.get("calibration"), measured.get("mistakes")
     return Run(
         folder=folder,
         summary=summary,
@@ -123,8 +142,31 @@ def read_run(folder: RunFolder) -> Run:
         space=space,
         yaml=folder.space.read_text(encoding="utf-8"),
         trials=_read_trials(folder, space.ranges),
-        test=read_json(metrics).get("test") if metrics.exists() else None,
+        config=TrialConfig.model_validate(read_json(_find_best(folder, "config.json"))["trial"]),
+        classes=[entry["name"] for entry in read_json(_find_best(folder, "classes.json"))],
+        parameters=_count_parameters(_find_best(folder, "model.safetensors")),
+        test=test,
+        calibration=calibration and _parse_calibration(calibration),
+        mistakes=None if mistakes is None else [Mistake(**mistake) for mistake in mistakes],
     )
+
+
+def _find_best(folder: RunFolder, name: str) -> Path:
+    path = folder.best / name
+    if not path.exists():
+        raise RunFolderError(f"{path}: no such file; expected a finished run")
+    return path
+
+
+def _count_parameters(path: Path) -> int:
+    """Number of weights by the file's header alone; the statistics of batch norms are none."""
+    with safe_open(path, framework="numpy") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    return sum(math.prod(shape) for key, shape in shapes.items() if not key.endswith(_STATISTICS))
+
+
+def _parse_calibration(content: Mapping[str, Any]) -> Calibration:
+    return Calibration(content["ece"], [Bin(**entry) for entry in content["bins"]])
 
 
 def _read_trials(folder: RunFolder, ranges: Mapping[str, Range]) -> list[Trial]:

@@ -15,6 +15,16 @@ def percent(share: float | None) -> str:
     return NOTHING if share is None else f"{100 * share:.2f}%"
 
 
+def surely(probability: float) -> str:
+    """A probability in percent with one decimal; one that falls short of certainty is not rounded to it."""
+    return "over 99.9%" if probability > 0.9995 else f"{100 * probability:.1f}%"
+
+
+def interval(around: tuple[float, float]) -> str:
+    """Both ends of an interval of a share."""
+    return f"{percent(around[0])} to {percent(around[1])}"
+
+
 def decimal(value: float | None) -> str:
     """Four decimals, as losses and accuracies are compared by."""
     return NOTHING if value is None else f"{value:.4f}"

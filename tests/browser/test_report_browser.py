@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import HOSTILE, create_run, create_training
+from runs import HOSTILE, create_run, create_training
 
 from fmtune.report import write_report
 from fmtune.report.read import read_run
@@ -39,6 +39,12 @@ return [...document.querySelectorAll('.plotly-graph-div')].map(div => [
   div.querySelectorAll('.scatterlayer .point, .scatterlayer .js-line, .barlayer path, .heatmaplayer image').length,
   div.getBoundingClientRect().width,
 ])
+"""
+_PICTURES = """
+return [...document.querySelectorAll('#mistakes img')].map(image => {
+  const box = image.getBoundingClientRect();
+  return [[image.naturalWidth, image.naturalHeight], box.width, box.left, box.right];
+})
 """
 _CONTRASTS = """
 const luminance = color => {
@@ -142,13 +148,34 @@ def test_every_plot_is_drawn_in_silence(
     browser.requests(folder.report)
     browser.open(folder.report, width, scheme)
     drawn = browser.run(_COUNT_SHAPES)
-    assert len(drawn) == (15 if kind == "searched" else 2)
+    assert len(drawn) == (16 if kind == "searched" else 2)
     assert all(traces and shapes for _, traces, shapes, _ in drawn), drawn
     assert all(200 < plot_width <= width for *_, plot_width in drawn), drawn
     assert browser.console() == []
     requests = browser.requests(folder.report)
     asked = {url for url in requests if not url.startswith(("data:", "blob:"))}
     assert asked == {folder.report.resolve().as_uri()}
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_mistakes_are_seen(browser: Browser, searched: RunFolder, width: int) -> None:
+    """Every picture is loaded, large enough to see, in a row with others, and within the screen."""
+    browser.open(searched.report, width)
+    pictures = browser.run(_PICTURES)
+    assert len(pictures) == 24
+    assert all(natural == [28, 28] for natural, *_ in pictures)
+    assert all(80 <= size <= 200 and left >= 0 and right <= width for _, size, left, right in pictures)
+    assert len({left for *_, left, _ in pictures}) >= (3 if width == 390 else 6)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_reliability_is_drawn(browser: Browser, searched: RunFolder, width: int) -> None:
+    """A bar and a point for each bin with images, and an interval at each point."""
+    browser.open(searched.report, width)
+    filled = len(browser.run("return document.getElementById('reliability-plot').data[0].x"))
+    assert filled > 5
+    for marks in (".barlayer path", ".scatterlayer .point", ".errorbar"):
+        assert len(browser.driver.find_elements("css selector", f"#reliability-plot {marks}")) == filled, marks
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -210,7 +237,7 @@ def test_focus_is_visible(browser: Browser, searched: RunFolder) -> None:
 
 
 def test_page_of_200_trials_opens_quickly(browser: Browser, tmp_path: Path) -> None:
-    page = write_report(create_run(tmp_path / "run", trials=200))
+    page, *_ = write_report(create_run(tmp_path / "run", trials=200))
     seconds = []
     # The better of two: the first one warms the browser's caches, and other work may share the cores.
     for _ in range(2):

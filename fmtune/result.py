@@ -47,8 +47,8 @@ class RunResult:
         return load(self.folder)
 
     def report(self) -> Path:
-        """Write the page again, and return its path."""
-        return write_report(self.folder)
+        """Write report.html, report.md, its plots and the model card again; returns the page's path."""
+        return write_report(self.folder)[0]
 
     def __repr__(self) -> str:
         return "\n".join(f"{name:<11}{text}" for name, text in describe_summary(self.folder, self.summary))

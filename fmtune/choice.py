@@ -256,6 +256,7 @@ class Chooser:
             name=self._context.experiment_name(phase),
             storage=str(self._context.storage),
             watcher=collector,
+            params_of=self._context.space.params_of,
             until=Until(lambda: self._timing.is_late(reserve)),
         )
         self._context.board.in_flight.clear()

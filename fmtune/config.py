@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -139,6 +140,25 @@ class ResourcesConfig(Config):
     """GPUs of each worker; a fraction lets trials share one."""
     price: PositiveFloat | None = None
     """What an hour of all machines together costs."""
+
+
+class LoggingConfig(Config):
+    """Where trials are logged beside the run folder; null is nowhere."""
+
+    mlflow: str | None = None
+    """URI of an MLflow server or store; its name and password come from MLflow's own environment variables."""
+    wandb: str | None = None
+    """Project of Weights & Biases; its key comes from its login or WANDB_API_KEY."""
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> LoggingConfig:
+        if self.mlflow is not None and "@" in urlsplit(self.mlflow).netloc:
+            # Of the whole section, so that the message does not repeat it.
+            raise ValueError(
+                "mlflow: a name or a password in the URI would be written to the run folder; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return self
 
 
 class ModelConfig(Config):

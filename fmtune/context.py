@@ -13,6 +13,7 @@ from fmtune.config import TrialConfig
 from fmtune.data import TrainingData
 from fmtune.run import RunFolder, TrialRecord
 from fmtune.space import Space
+from fmtune.trackers import Tracking
 from fmtune.training import EpochMetrics
 from fmtune.trial import SharedData, Task, create_task, task_name
 from fmtune.view import View
@@ -31,6 +32,7 @@ class RunContext:
     folder: RunFolder
     board: Board
     view: View
+    tracking: Tracking
     check_interrupt: Callable[[], None]
 
     @property

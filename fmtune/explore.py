@@ -60,6 +60,7 @@ class Exploration:
                 name=context.experiment_name("search"),
                 storage=str(context.storage),
                 watcher=self,
+                params_of=context.space.params_of,
                 until=Until(self._is_over, self._baseline_is_over),
                 scheduler=create_scheduler(context.space, earlier, count_slots(context.space.resources)),
                 pooled=not context.space.is_single,
@@ -70,6 +71,7 @@ class Exploration:
         record = self._record_of(task)
         self._board.in_flight[task.name] = Flight(f"trial {record.number}", record.config.epochs, record.last)
         self._write_trials()
+        self._context.tracking.start_trial(record.number, task.config)
 
     def on_epoch(self, task: Task, metrics: EpochMetrics) -> None:
         number = _number(task)
@@ -78,6 +80,7 @@ class Exploration:
         record.history = [*(earlier for earlier in record.history if earlier.epoch < metrics.epoch), metrics]
         self._board.in_flight[task.name].last = metrics
         self._context.folder.append_history(number, metrics)
+        self._context.tracking.log_epoch(number, metrics)
         self._context.view.refresh()
 
     def on_checkpoint(self, task: Task, folder: str) -> None:
@@ -99,6 +102,7 @@ class Exploration:
         self._board.in_flight.pop(task.name, None)
         self._write_trials()
         self._context.view.on_end(record)
+        self._context.tracking.end_trial(record.number, record.state)
 
     def on_tick(self) -> None:
         self._context.check_interrupt()
@@ -151,6 +155,8 @@ class Exploration:
             return
         if record.state == "running":
             tell(space, study, record.number, value, is_done=True)
+            self._context.tracking.start_trial(record.number, record.config)
+            self._context.tracking.end_trial(record.number, "complete")
         record.state = "complete"
 
     def _is_over(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from fmtune.board import Board
 from fmtune.choice import Choice, Chooser
 from fmtune.context import RunContext
 from fmtune.data import TrainingData, load_training_data, weights_folder
-from fmtune.errors import FmtuneError, RunFailed, RunFolderError, SpaceError
+from fmtune.errors import DataError, FmtuneError, RunFailed, RunFolderError, SpaceError
 from fmtune.explore import Exploration, rank
 from fmtune.memory import Source, place_sources
 from fmtune.model import create_model
@@ -25,6 +26,7 @@ from fmtune.session import interruptible, quiet, ray_session
 from fmtune.space import Space
 from fmtune.summary import conclude
 from fmtune.timing import Timing, read_clock, write_clock
+from fmtune.trackers import connect_trackers, track
 from fmtune.trial import SharedData
 from fmtune.view import create_view
 
@@ -150,10 +152,16 @@ def run_space(
     data = load_training_data(space.data)
     _check_channels(space, data)
     weights = _try_weights(space, data)
+    trackers = connect_trackers(space.logging)
     folder = RunFolder(path)
     board = _create_board(space, data, folder, started - read_clock(folder))
     try:
-        with interruptible() as check, quiet() as screen, create_view(board, screen.console) as view:
+        with (
+            interruptible() as check,
+            quiet() as screen,
+            create_view(board, screen.console) as view,
+            ExitStack() as stack,
+        ):
             for line in weights:
                 view.note(line)
             with ray_session(space.resources, address, view.note):
@@ -161,16 +169,21 @@ def run_space(
                 # What is refused before this leaves no folder behind, and a folder that is there as it was.
                 RunFolder.create(path, space.to_yaml())
                 screen.log_to(folder.log)
+                tracking = stack.enter_context(track(trackers, folder, view.note))
                 if space.is_single and space.resources.cpus is None and address is None:
                     space = replace(space, resources=whole_machine(space.resources))
-                context = RunContext(space, data, SharedData.of(data), folder, board, view, check)
+                context = RunContext(space, data, SharedData.of(data), folder, board, view, tracking, check)
                 timing = Timing(space, folder, board, _rows_ratio(data), lambda: count_slots(space.resources))
                 choice = _choose(context, timing, address is None)
             board.phase = "measuring on the test split"
             try:
-                return RunResult(folder, conclude(context, choice))
-            finally:
+                summary = conclude(context, choice)
+            except DataError:
                 write_report(folder)
+                raise
+            tracking.end_run(summary)
+            write_report(folder)
+            return RunResult(folder, summary)
     except KeyboardInterrupt:
         done = f"{path} keeps what is done" if path.exists() else "nothing was begun"
         raise Interrupted(f"interrupted; {done}") from None
@@ -191,8 +204,8 @@ def _check_folder(path: Path, space: Space, resume: bool) -> None:
     for part, name in (("data", "data"), ("baseline", "baseline"), ("fixed", "trial"), ("ranges", "trial")):
         if getattr(earlier, part) != getattr(space, part):
             raise RunFolderError(
-                f"{path}: --resume with another `{name}` than in its space.yaml; only search, resources and storage "
-                "may change"
+                f"{path}: --resume with another `{name}` than in its space.yaml; only search, resources, logging and "
+                "storage may change"
             )
 
 

@@ -36,8 +36,8 @@ class Screen:
         console: writes on the screen, in the screen's own encoding.
     """
 
-    def __init__(self, stream: TextIO, aside: int) -> None:
-        self.console = Console(file=stream)
+    def __init__(self, console: Console, aside: int) -> None:
+        self.console = console
         self._aside = aside
 
     def log_to(self, log: Path) -> None:
@@ -56,7 +56,7 @@ def quiet() -> Iterator[Screen]:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    screen, errors = os.dup(1), os.dup(2)
+    screen, errors, shown = os.dup(1), os.dup(2), sys.stdout
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.captureWarnings(True)
     with (
@@ -67,7 +67,7 @@ def quiet() -> Iterator[Screen]:
         _turn_aside(aside.fileno())
         try:
             with redirect_stdout(printed), redirect_stderr(printed):
-                yield Screen(stream, aside.fileno())
+                yield Screen(_create_console(stream, shown), aside.fileno())
         finally:
             stream.flush()
             printed.flush()
@@ -81,6 +81,16 @@ def _turn_aside(file: int) -> None:
     """Let what is written to standard output and standard error go to an open file."""
     os.dup2(file, 1)
     os.dup2(file, 2)
+
+
+def _create_console(screen: TextIO, shown: TextIO) -> Console:
+    """A console on the screen, or on what stands in for `sys.stdout` in a notebook.
+
+    That is shown where the file descriptor is not. It calls itself a terminal but redraws nothing in place.
+    """
+    if shown is sys.__stdout__:
+        return Console(file=screen)
+    return Console(file=shown, force_terminal=False, force_jupyter=False)
 
 
 @contextmanager
@@ -122,7 +132,13 @@ def ray_session(resources: ResourcesConfig, address: str | None, note: Callable[
     """
     if ray.is_initialized():
         note(_describe_running(address))
-        yield
+        logger = logging.getLogger("ray")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
         return
     try:
         if address is None:

@@ -13,7 +13,16 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from fmtune.config import DataConfig, ResourcesConfig, Scalar, SearchConfig, TrialConfig, flatten, nest
+from fmtune.config import (
+    DataConfig,
+    LoggingConfig,
+    ResourcesConfig,
+    Scalar,
+    SearchConfig,
+    TrialConfig,
+    flatten,
+    nest,
+)
 from fmtune.errors import SpaceError
 from fmtune.ranges import Range, Suggests
 from fmtune.recipes import RECIPES
@@ -28,7 +37,7 @@ class Space:
     """A search, resolved: every default written out, every range checked.
 
     Attributes:
-        data, search, resources: the sections of the YAML.
+        data, search, resources, logging: the sections of the YAML.
         storage: where Tune keeps its own folder; None is inside the run folder.
         baseline: the configuration of trial 0.
         fixed: the trial's values that are not searched, by dotted key, defaults included.
@@ -39,6 +48,7 @@ class Space:
     data: DataConfig
     search: SearchConfig
     resources: ResourcesConfig
+    logging: LoggingConfig
     storage: str | None
     baseline: TrialConfig
     fixed: Mapping[str, Scalar]
@@ -70,6 +80,7 @@ class Space:
             data=sections.data,
             search=sections.search,
             resources=sections.resources,
+            logging=sections.logging,
             storage=sections.storage,
             baseline=_create_baseline(sections.baseline, sections.fixed, sections.ranges),
             fixed=sections.fixed,
@@ -140,6 +151,7 @@ class Space:
             "data": self.data.model_dump(mode="json"),
             "search": self.search.model_dump(mode="json"),
             "resources": self.resources.model_dump(mode="json"),
+            "logging": self.logging.model_dump(mode="json"),
             "storage": self.storage,
             "baseline": self.baseline.model_dump(mode="json"),
             "trial": nest(trial),

@@ -14,12 +14,27 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from fmtune.config import Config, DataConfig, ResourcesConfig, Scalar, SearchConfig, TrialConfig, flatten, nest
+from fmtune.config import (
+    Config,
+    DataConfig,
+    LoggingConfig,
+    ResourcesConfig,
+    Scalar,
+    SearchConfig,
+    TrialConfig,
+    flatten,
+    nest,
+)
 from fmtune.errors import SpaceError
 from fmtune.ranges import Interval, Range, is_range, parse_range
 from fmtune.recipes import RECIPES
 
-SECTIONS: dict[str, type[Config]] = {"data": DataConfig, "search": SearchConfig, "resources": ResourcesConfig}
+SECTIONS: dict[str, type[Config]] = {
+    "data": DataConfig,
+    "search": SearchConfig,
+    "resources": ResourcesConfig,
+    "logging": LoggingConfig,
+}
 KEYS = (*SECTIONS, "storage", "baseline", "trial")
 """Top-level keys of the file."""
 _WEIGHTS = "expected imagenet, a .safetensors, .pth or .pt file, or an earlier run by its folder or name"
@@ -115,6 +130,7 @@ class Sections:
     data: DataConfig = field(default_factory=DataConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     storage: str | None = None
     baseline: str | dict[str, Any] = "seed"
     fixed: dict[str, Scalar] = field(default_factory=dict)

@@ -16,11 +16,12 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from fmtune.config import ResourcesConfig, Scalar
+from fmtune.config import ResourcesConfig, Scalar, TrialConfig, flatten
 from fmtune.pool import PooledTrial
 from fmtune.room import count_slots
 from fmtune.run import TrialRecord
 from fmtune.space import Space
+from fmtune.tensorboard import EventFiles
 from fmtune.training import EpochMetrics
 from fmtune.trial import SharedData, Task, create_task, derive_seed, run_trial, trial_resources, worker_resources
 
@@ -391,6 +392,7 @@ def run_trials(
     until: Until,
     scheduler: TrialScheduler | None = None,
     pooled: bool = False,
+    params_of: Callable[[TrialConfig], Mapping[str, Scalar]] = flatten,
 ) -> None:
     """Run the tasks that a searcher proposes, as many at a time as there is room for.
 
@@ -406,6 +408,7 @@ def run_trials(
         scheduler: stops trials early; none runs them to their end.
         pooled: keep the workers of trials that have several up from one trial to the next; without, each trial has a
             `TorchTrainer` of its own, which takes seconds to start.
+        params_of: the values of a configuration that TensorBoard compares; all by default.
     """
     pooled = pooled and resources.workers > 1
     tuner = tune.Tuner(
@@ -424,7 +427,7 @@ def run_trials(
             name=name,
             storage_path=storage,
             stop=until,
-            callbacks=[_Reports(watcher)],
+            callbacks=[_Reports(watcher), EventFiles(params_of)],
             # Tune asks a pooled trial for its checkpoints; the others bring them.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_frequency=int(pooled)),
             failure_config=tune.FailureConfig(max_failures=0),

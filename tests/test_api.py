@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from fmtune.memory import place_sources, table_of_memory
 from fmtune.model import Pixels, create_model
 from fmtune.readers import Layout, Table
 from fmtune.result import RunResult
+from fmtune.session import quiet
 
 TINY: dict[str, Any] = {
     "epochs": 1,
@@ -300,6 +304,21 @@ def test_a_ray_that_runs_already_is_used_and_left_running(
     assert ray.is_initialized()
     assert ray.get_runtime_context().gcs_address == before
     assert "this process has a Ray already, which is used and left running" in capfd.readouterr().out
+
+
+def test_a_notebooks_own_stdout_gets_the_lines_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What else prints, to the file descriptor too, goes to the file, and nothing to the real screen."""
+    with redirect_stdout(io.StringIO()) as shown:
+        with quiet(tmp_path / "log") as console:
+            console.print("trial 0")
+            print("chatter")
+            os.write(1, b"noise\n")
+        print("afterwards")
+    assert shown.getvalue() == "trial 0\nafterwards\n"
+    assert set((tmp_path / "log").read_text().split()) == {"chatter", "noise"}
+    assert capfd.readouterr() == ("", "")
 
 
 # The model that was kept

@@ -66,7 +66,7 @@ def quiet() -> Iterator[Screen]:
     ):
         _turn_aside(aside.fileno())
         try:
-            with redirect_stdout(printed), redirect_stderr(printed):
+            with redirect_stdout(printed), redirect_stderr(printed), _handlers_on(printed):
                 yield Screen(_create_console(stream, shown), aside.fileno())
         finally:
             stream.flush()
@@ -91,6 +91,19 @@ def _create_console(screen: TextIO, shown: TextIO) -> Console:
     if shown is sys.__stdout__:
         return Console(file=screen)
     return Console(file=shown, force_terminal=False, force_jupyter=False)
+
+
+@contextmanager
+def _handlers_on(file: TextIO) -> Iterator[None]:
+    """Let Ray's handlers of log records write to a file: each holds the stream that it was made on."""
+    found = {handler for name in ("ray", "ray.data") for handler in logging.getLogger(name).handlers}
+    turned = [handler for handler in found if isinstance(handler, logging.StreamHandler)]
+    streams = [handler.setStream(file) for handler in turned]
+    try:
+        yield
+    finally:
+        for handler, stream in zip(turned, streams, strict=True):
+            handler.setStream(stream)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fmtune.pictures import encode_png
+from fmtune.thumbnails import encode_png
 
 BINS = 15
 """Bins of confidence, as many as in Guo et al."""

@@ -88,12 +88,16 @@ def evaluate(run: str, data: str, tta: bool, as_json: bool, runs: Path) -> None:
 @click.option(
     "-o", "output", metavar="OUT", required=True, type=click.Path(path_type=Path), help="OUT.csv or OUT.parquet."
 )
+@click.option("--address", metavar="ADDR", help="Ray cluster, such as auto; this machine otherwise.")
 @_RUNS
-def predict(run: str, source: str, output: Path, runs: Path) -> None:
-    """Write the class of each image, and the probability of every class."""
+def predict(run: str, source: str, output: Path, runs: Path, address: str | None) -> None:
+    """Write the class of each image, and the probability of every class.
+
+    INPUT is a table as for training, with labels or without, or a folder or a glob of PNG and JPEG files.
+    """
     from fmtune.predict import predict as predict_run
 
-    rows = predict_run(run, source, output, runs=runs)
+    rows = predict_run(run, source, output, runs=runs, address=address)
     click.echo(f"{rows:,} rows written to {output}")
 
 

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import platformdirs
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyarrow import fs
 
 import fmtune.datasets as datasets
 from fmtune.config import DataConfig
 from fmtune.datasets import Split
 from fmtune.errors import DataError
+from fmtune.files import File
 from fmtune.model import Pixels
-from fmtune.readers import File, Layout, Shape, Table, complete_idx, read_files, read_images
+from fmtune.readers import Layout, Table, complete_idx, read_files, to_tensors
+from fmtune.sources import find_files
 
 _CACHE_FORMAT = 2
 """Part of each cached table's key: raise it when what is stored for a source changes."""
@@ -201,22 +200,6 @@ def keep_table(table: Table) -> str:
     return f"{MEMORY}{key}"
 
 
-def load_images(source: str, label: str | int, shape: Shape) -> NDArray[np.uint8]:
-    """Images uint8 (N, C, H, W) of a source with labels or without.
-
-    Args:
-        source: a name, which stands for its test split, or a path, glob or URL.
-        label: the label's column, which is passed over.
-        shape: (height, width, channels) of a row of pixels.
-
-    Raises:
-        DataError: the source is missing or malformed.
-    """
-    if source in datasets.NAMES:
-        return _load_named(source, "test").table.images
-    return read_images(_find_files(source), Layout(label, shape))
-
-
 def split_rows(
     labels: NDArray[np.int64], fraction: float, seed: int, place: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -257,11 +240,7 @@ def measure_pixels(images: NDArray[np.uint8], resize: int | None = None) -> Pixe
 
 def to_arrow(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> pa.Table:
     """A table of fixed-shape tensors (C, H, W) in the column `image`, and `label`; the images are not copied."""
-    shape = images.shape[1:]
-    flat = pa.array(np.ascontiguousarray(images).reshape(-1))
-    lists = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(shape)))
-    tensors = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), shape), lists)
-    return pa.table({"image": tensors, "label": pa.array(labels)})
+    return pa.table({"image": to_tensors(images), "label": pa.array(labels)})
 
 
 def _check_same_shape(other: Loaded, train: Loaded) -> None:
@@ -286,7 +265,7 @@ def _load_kept(source: str) -> Loaded:
 
 
 def _load_files(source: str, layout: Layout) -> Loaded:
-    files = _find_files(source)
+    files = complete_idx(find_files(source))
     key = _identify(files, layout)
     cached = _cached_path(key)
     if cached.exists():
@@ -295,37 +274,6 @@ def _load_files(source: str, layout: Layout) -> Loaded:
     _write_cached(cached, table)
     what = f"{len(files)} files" if len(files) > 1 else files[0].place
     return Loaded(table, source, f"read from {what}", key)
-
-
-def _find_files(source: str) -> list[File]:
-    """The files that a path, glob or URL names, in the order of their names."""
-    if "://" in source:
-        return _find_remote_files(source)
-    paths = sorted(glob.glob(source, recursive=True)) if glob.has_magic(source) else [source]
-    files = [path for path in paths if os.path.isfile(path)]
-    if not files:
-        near = f"; known names are {', '.join(datasets.NAMES)}" if "/" not in source and "." not in source else ""
-        raise DataError(f"{source}: no such file{near}")
-    return complete_idx([File(fs.LocalFileSystem(), os.path.abspath(path), path) for path in files])
-
-
-def _find_remote_files(source: str) -> list[File]:
-    root = source.rpartition("/")[0] if glob.has_magic(source) else source
-    try:
-        system, path = fs.FileSystem.from_uri(root)
-        if root == source:
-            found = [path]
-        else:
-            pattern = source.rpartition("/")[2]
-            infos = system.get_file_info(fs.FileSelector(path))
-            found = sorted(i.path for i in infos if fnmatch.fnmatch(PurePosixPath(i.path).name, pattern))
-        files = [i.path for i in system.get_file_info(found) if i.type == fs.FileType.File]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{source}: can't be reached ({error})") from None
-    if not files:
-        raise DataError(f"{source}: no such file")
-    scheme = source.partition("://")[0]
-    return [File(system, path, f"{scheme}://{path}") for path in files]
 
 
 def _identify(files: list[File], layout: Layout) -> str:

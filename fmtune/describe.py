@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from fmtune.config import DataConfig
 from fmtune.data import Classes, Loaded, load_split, measure_pixels
 from fmtune.model import Pixels
-from fmtune.pictures import to_picture
 from fmtune.readers import Table
+from fmtune.thumbnails import to_picture
 
 _RARE_SHARE = 0.1
 """A class with less than this part of an even share is called rare."""

@@ -1,27 +1,65 @@
-"""Images as pictures for people to look at."""
+"""PNG and JPEG files as a model takes images."""
 
 from __future__ import annotations
 
-import base64
+import glob
 import io
+import os
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pyarrow import fs
 
-_LONGER_SIDE = 128
-"""Pixels that an encoded picture has at most: larger ones would make a page of them too heavy to open."""
+from fmtune.errors import DataError
+from fmtune.files import File, readable
+
+MODES = {1: "L", 3: "RGB"}
+"""Pillow's name of pictures with so many channels."""
+_ENDINGS = (".png", ".jpg", ".jpeg")
 
 
-def to_picture(image: NDArray[np.uint8]) -> Image.Image:
-    """An image (C, H, W) in RGB if it has three channels or more, of which the first three are shown; else in grey."""
-    return Image.fromarray(image[:3].transpose(1, 2, 0) if len(image) >= 3 else image[0])
+def is_picture(path: str) -> bool:
+    """Whether a file is a picture by its name."""
+    return path.lower().endswith(_ENDINGS)
 
 
-def encode_png(image: NDArray[np.uint8]) -> str:
-    """A PNG of an image (C, H, W) in base64, scaled down to 128 pixels on its longer side if it has more."""
-    picture = to_picture(image)
-    picture.thumbnail((_LONGER_SIDE, _LONGER_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+def find_pictures(folder: str) -> list[File]:
+    """The PNG and JPEG files in a folder and below it, hidden ones left out, in the order of their names.
+
+    Raises:
+        DataError: there are none.
+    """
+    names = sorted(filter(is_picture, glob.iglob("**", root_dir=folder, recursive=True)))
+    if not names:
+        raise DataError(f"{folder}: no PNG or JPEG files in the folder; for tables give a glob, such as {folder}/*.csv")
+    root = os.path.abspath(folder)
+    return [File(fs.LocalFileSystem(), os.path.join(root, name), os.path.join(folder, name)) for name in names]
+
+
+def read_picture(file: File, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """A picture as uint8 (C, H, W) of the shape given.
+
+    It is turned upright, where its camera noted how it was held, and brought to the channels, which drops transparency;
+    then it is stretched to height and width, bilinear and antialiased, unless it has them.
+
+    Raises:
+        DataError: the file is no PNG or JPEG image, or a spoiled one.
+    """
+    channels, height, width = shape
+    with readable(file), file.open() as stream:
+        content = io.BytesIO(stream.read())
+    try:
+        with Image.open(content, formats=("PNG", "JPEG")) as picture:
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode == "I;16":
+                # Pillow would make white of all that is above 255.
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            converted = upright.convert(MODES[channels])
+    except UnidentifiedImageError:
+        raise DataError(f"{file.place}: not an image; expected PNG or JPEG") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file.place}: can't be decoded ({error})") from None
+    if converted.size != (width, height):
+        converted = converted.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(converted).reshape(height, width, channels).transpose(2, 0, 1)

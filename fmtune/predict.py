@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -20,14 +20,20 @@ from fmtune.batches import Batches
 from fmtune.checkpoint import load_model
 from fmtune.classifier import TrainedModel
 from fmtune.config import DataConfig
-from fmtune.data import load_images, load_split
-from fmtune.errors import DataError, InputError
+from fmtune.data import load_split
+from fmtune.datasets import NAMES
+from fmtune.errors import DataError
 from fmtune.memory import Source, table_of_memory
+from fmtune.pieces import Piece, check_shape, create_block, find_pieces, rows_of_block
 from fmtune.readers import Layout, Table
+from fmtune.rows import Predictor, check_output, write_rows
 from fmtune.run import RunFolder, find_run
 from fmtune.space import Space
 from fmtune.training import Evaluation
 from fmtune.training import evaluate as evaluate_batches
+
+_SMALL_WORK = 16 * 2**20
+"""Bytes of images up to which starting Ray takes longer than predicting them here."""
 
 
 @dataclass(frozen=True)
@@ -74,42 +80,60 @@ def evaluate(run: str | PathLike[str], data: Source, *, tta: bool = False, runs:
     model = load_model(folder.best)
     place = str(data) if isinstance(data, str | Path) else "data"
     table = _load_labelled(data, model, _label_column(folder))
-    _check_shape(model, table.images, place)
+    check_shape(table.images.shape[1:], model.shape, place)
     return Measured(model, evaluate_model(model, table.images, model.classes.indices(table.labels, place), tta=tta))
 
 
-def predict(run: str | PathLike[str], source: str, output: str | Path, *, runs: str | Path = "runs") -> int:
-    """Write the class of each row of a source, and the probability of every class, to a CSV or Parquet file.
+def predict(
+    run: str | PathLike[str],
+    source: str | Path,
+    output: str | Path,
+    *,
+    runs: str | Path = "runs",
+    address: str | None = None,
+) -> int:
+    """Write the class of each image of a source, and the probability of every class, to a CSV or Parquet file.
 
-    Columns: `row` from 0 on, `label`, `name`, and `probability_<class>` for each class's name.
+    Columns: `row` from 0 on, for pictures `file`, `label`, `name`, and `probability_<class>` for each class's name.
+    Rows are in the order of the source, and no more than some blocks of them are held at a time. Up to 16 MiB of images
+    are predicted in this process, more by Ray Data on all CPUs, or all GPUs where there are any.
+
+    Args:
+        run: a run folder, or a name under `runs`.
+        source: a data set's name, which stands for its test split; a CSV, Parquet or IDX path, glob or URL; or a
+            folder, with those below it, or a glob of PNG and JPEG files. Pictures are turned upright, made grey or RGB
+            as the model takes them, and stretched to its height and width; `file` is their path in the folder, or as
+            the glob gives it.
+        output: ends in .csv or .parquet; there is none of it until it is whole.
+        runs: folder of run folders.
+        address: of a Ray cluster, which then predicts whatever the amount; a Ray of this machine's own by default.
 
     Returns:
         The number of rows.
 
     Raises:
-        InputError: the run, the source or the output's ending is not as it must be.
+        InputError: the run, the source or the output is not as it must be.
+        RunFailed: Ray can't be started, or lost the processes that predict.
     """
-    output = Path(output)
-    if output.suffix not in (".csv", ".parquet"):
-        raise InputError(f"{output}: format not known by its name; expected .csv or .parquet")
+    source, output = str(source), Path(output)
+    check_output(output, source)
     folder = find_run(run, Path(runs))
     model = load_model(folder.best)
-    images = load_images(source, _label_column(folder), _table_shape(model))
-    _check_shape(model, images, source)
-    predictions = model.predict(images)
-    columns: dict[str, Any] = {
-        "row": np.arange(len(images)),
-        "label": predictions.labels,
-        "name": predictions.names,
-    }
-    for name, probabilities in zip(model.classes.names, predictions.probabilities.T, strict=True):
-        columns[f"probability_{name}"] = probabilities
-    table = pa.table(columns)
-    if output.suffix == ".csv":
-        pacsv.write_csv(table, output)
-    else:
-        pq.write_table(table, output)
-    return len(images)
+    pieces = _find_pieces(source, _label_column(folder), model)
+    with write_rows(output) as writer:
+        if address is None and sum(piece.work for piece in pieces) <= _SMALL_WORK:
+            predictor = Predictor(model)
+            for piece in pieces:
+                for block in piece.read():
+                    writer.write(predictor(block))
+        else:
+            # Ray takes seconds to import and to start.
+            from fmtune.bulk import predict_pieces
+
+            predict_pieces(pieces, model, address, writer.write)
+        if writer.rows == 0:
+            raise DataError(f"{source}: no rows; expected one image a row")
+    return writer.rows
 
 
 class MirrorMean(nn.Module):
@@ -176,8 +200,14 @@ def _table_shape(model: TrainedModel) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def _check_shape(model: TrainedModel, images: NDArray[np.uint8], source: str) -> None:
-    if images.shape[1:] != model.shape:
-        raise DataError(
-            f"{source}: images are {images.shape[1:]}; the model takes {model.shape} (channels, height, width)"
-        )
+def _find_pieces(source: str, label: str | int, model: TrainedModel) -> list[Piece]:
+    if source in NAMES:
+        return [Piece(partial(_read_named, source, model.shape), work=0)]
+    return find_pieces(source, label, model.shape)
+
+
+def _read_named(name: str, shape: tuple[int, int, int]) -> Iterator[pa.Table]:
+    images = load_split(DataConfig(train=name), "test").table.images
+    check_shape(images.shape[1:], shape, name)
+    for start in range(0, len(images), rows_of_block(shape)):
+        yield create_block(images[start : start + rows_of_block(shape)])

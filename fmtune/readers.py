@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import math
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyarrow import fs
 
+from fmtune.csvfile import Csv, read_header
 from fmtune.errors import DataError
+from fmtune.files import File, readable
 
 Shape = tuple[int, int, int]
 """Height, width, channels of an image."""
@@ -50,18 +47,20 @@ class Layout:
     shape: Shape | None = None
 
 
-@dataclass(frozen=True)
-class File:
-    """A file on one of pyarrow's file systems; `place` is how the user knows it."""
+def format_of(file: File) -> Literal["csv", "parquet", "idx"]:
+    """A table's format, by the file's name.
 
-    system: fs.FileSystem
-    path: str
-    place: str
-
-    def open(self) -> IO[bytes]:
-        """The decompressed content; compression is taken from the name's ending."""
-        stream: IO[bytes] = self.system.open_input_stream(self.path)
-        return stream
+    Raises:
+        DataError: it is none of these.
+    """
+    name = PurePosixPath(file.path).name
+    if name.lower().endswith((".csv", ".csv.gz")):
+        return "csv"
+    if name.lower().endswith((".parquet", ".pq")):
+        return "parquet"
+    if "idx1" in name or "idx3" in name:
+        return "idx"
+    raise DataError(f"{file.place}: format not known by its name; expected .csv, .csv.gz, .parquet or an IDX file")
 
 
 def read_files(files: Sequence[File], layout: Layout) -> Table:
@@ -85,39 +84,25 @@ def read_files(files: Sequence[File], layout: Layout) -> Table:
     return Table(np.concatenate([t.images for t in tables]), np.concatenate([t.labels for t in tables]))
 
 
-def read_images(files: Sequence[File], layout: Layout) -> NDArray[np.uint8]:
-    """Images (N, C, H, W) of files of a known shape, with or without the label's column: their number of columns says.
+def fit_layout(file: File, layout: Layout) -> Layout:
+    """The layout of a file of a known shape, with or without the label's column: its number of columns says.
 
     Raises:
-        DataError: as `read_files`.
+        DataError: the file can't be read.
     """
     assert layout.shape is not None
-    unlabelled = Layout(None, layout.shape)
-    bare = (1, math.prod(layout.shape))
-    if any(_is_idx(file) for file in files):
-        return read_files(files, layout).images
-    return np.concatenate(
-        [_read_file(file, unlabelled if _count_columns(file) in bare else layout).images for file in files]
-    )
+    return Layout(None, layout.shape) if _count_columns(file) in (1, math.prod(layout.shape)) else layout
 
 
 def _count_columns(file: File) -> int:
-    name = PurePosixPath(file.path).name.lower()
-    with _readable(file):
-        if name.endswith((".csv", ".csv.gz")):
-            return _read_csv_header(file)[1]
-        if name.endswith((".parquet", ".pq")):
-            return len(pq.read_schema(file.path, filesystem=file.system))
-    return 0
-
-
-@contextmanager
-def _readable(file: File) -> Iterator[None]:
-    """What the file system and decompression raise, as one of fmtune's errors."""
-    try:
-        yield
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{file.place}: can't be read ({error})") from None
+    with readable(file):
+        match format_of(file):
+            case "csv":
+                return read_header(file)[1]
+            case "parquet":
+                return len(pq.read_schema(file.path, filesystem=file.system))
+            case "idx":
+                return 0
 
 
 def complete_idx(files: Sequence[File]) -> list[File]:
@@ -127,69 +112,34 @@ def complete_idx(files: Sequence[File]) -> list[File]:
 
 
 def _read_file(file: File, layout: Layout) -> Table:
-    name = PurePosixPath(file.path).name.lower()
-    with _readable(file):
-        if name.endswith((".csv", ".csv.gz")):
-            return _read_csv(file, layout)
-        if name.endswith((".parquet", ".pq")):
-            return _read_parquet(file, layout)
-        if _is_idx(file):
-            return _read_idx_pair(file, _labels_beside(file))
-    raise DataError(f"{file.place}: format not known by its name; expected .csv, .csv.gz, .parquet or an IDX file")
+    with readable(file):
+        match format_of(file):
+            case "csv":
+                return _read_csv(file, layout)
+            case "parquet":
+                return _read_parquet(file, layout)
+            case "idx":
+                return _read_idx_pair(file, _labels_beside(file))
 
 
 def _read_csv(file: File, layout: Layout) -> Table:
-    header, width = _read_csv_header(file)
+    csv, shape = open_csv(file, layout)
+    with file.open() as stream:
+        return table_of_columns(csv.parse(stream, has_header=True), csv.label, shape)
+
+
+def open_csv(file: File, layout: Layout) -> tuple[Csv, Shape]:
+    """A CSV file by its first line, and the shape of its rows of pixels.
+
+    Raises:
+        DataError: the line does not fit the layout.
+    """
+    header, width = read_header(file)
     label = find_label(layout.label, header, width, file.place if header is None else f"{file.place}:1")
     pixels = width if label is None else width - 1
     shape = layout.shape or _infer_shape(pixels, file.place)
     _check_pixels(pixels, shape, file.place)
-    names = [f"c{i}" for i in range(width)]
-    types = {name: pa.int64() if position == label else pa.uint8() for position, name in enumerate(names)}
-    try:
-        with file.open() as stream:
-            table = pacsv.read_csv(
-                stream,
-                read_options=pacsv.ReadOptions(column_names=names, skip_rows=0 if header is None else 1),
-                convert_options=pacsv.ConvertOptions(column_types=types),
-            )
-    except pa.ArrowInvalid as error:
-        raise _find_csv_error(file, header, width, label, str(error)) from None
-    if any(column.null_count for column in table.columns) and table.num_rows:
-        raise _find_csv_error(file, header, width, label, "a value is missing")
-    if table.num_rows == 0:
-        raise DataError(f"{file.place}: no rows below the header; expected one image a row")
-    return _table_of_columns(table, label, shape)
-
-
-def _read_csv_header(file: File) -> tuple[list[str] | None, int]:
-    """The names of the columns, or None where the first line is already data; and the number of columns."""
-    with file.open() as stream:
-        first = next(_csv_rows(stream), None)
-    if first is None:
-        raise DataError(f"{file.place}: the file is empty; expected a line of column names or of numbers")
-    if len(first) < 2:
-        raise DataError(f"{file.place}:1: one column only; expected a label and pixels, separated by commas")
-    # Names of columns differ from one another; a row of numbers with a word among them is a spoiled row.
-    is_header = not all(map(_is_integer, first)) and len(set(first)) == len(first)
-    return (first if is_header else None), len(first)
-
-
-def _csv_rows(stream: IO[bytes]) -> Iterator[list[str]]:
-    lines = (
-        line.decode("utf-8-sig" if number == 0 else "utf-8", "replace") for number, line in enumerate(_lines(stream))
-    )
-    return csv.reader(lines)
-
-
-def _lines(stream: Any) -> Iterator[bytes]:
-    """Lines of a pyarrow stream, which cannot be iterated over by itself."""
-    rest = b""
-    while block := stream.read(1 << 20):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if rest:
-        yield rest
+    return Csv(file, header, width, label), shape
 
 
 def find_label(label: str | int | None, header: list[str] | None, width: int, place: str) -> int | None:
@@ -209,40 +159,6 @@ def find_label(label: str | int | None, header: list[str] | None, width: int, pl
         hint = f"did you mean `{near[0]}`?" if near else f"the first columns are {', '.join(header[:3])}"
         raise DataError(f"{place}: data.label: no column `{label}`; {hint}")
     return header.index(label)
-
-
-def _find_csv_error(file: File, header: list[str] | None, width: int, label: int | None, reason: str) -> DataError:
-    """The first cell that spoils the file; the fast parser names neither its line nor its column for sure."""
-    line = 0
-    with file.open() as stream:
-        for line, row in enumerate(_csv_rows(stream), start=1):
-            problem = None if line == 1 and header is not None else _find_row_error(row, header, width, label)
-            if problem is not None:
-                return DataError(f"{file.place}:{line}: {problem}")
-    if line == 1 and header is not None:
-        return DataError(f"{file.place}: no rows below the header; expected one image a row")
-    return DataError(f"{file.place}: {reason}")
-
-
-def _find_row_error(row: list[str], header: list[str] | None, width: int, label: int | None) -> str | None:
-    if not row:
-        return None
-    if len(row) != width:
-        return f"{len(row)} values; expected {width}, as in the first line"
-    for position, value in enumerate(row):
-        column = f"column {position}" if header is None else f"column {header[position]}"
-        if not _is_integer(value):
-            return f"{column}: {value!r}; expected an integer"
-        if position == label and abs(int(value)) >= 2**63:
-            return f"{column}: {value}; expected an integer of 64 bits"
-        if position != label and not 0 <= int(value) <= 255:
-            return f"{column}: {value}; expected a pixel from 0 to 255"
-    return None
-
-
-def _is_integer(value: str) -> bool:
-    """Whether Arrow reads it as one: no plus sign, no underscores."""
-    return re.fullmatch(r"\s*-?\d+\s*", value, re.ASCII) is not None
 
 
 def _read_parquet(file: File, layout: Layout) -> Table:
@@ -273,7 +189,7 @@ def table_of_arrow(table: pa.Table, layout: Layout, place: str) -> Table:
         return _table_of_image_column(table, label, layout.shape, place)
     shape = layout.shape or _infer_shape(pixels, place)
     _check_pixels(pixels, shape, place)
-    return _table_of_columns(_cast_pixels(table, label, place), label, shape)
+    return table_of_columns(_cast_pixels(table, label, place), label, shape)
 
 
 def _cast_pixels(table: pa.Table, label: int | None, place: str) -> pa.Table:
@@ -321,11 +237,6 @@ def _shape_of_tensor(shape: tuple[int, ...], place: str) -> Shape:
     raise DataError(f"{place}: tensors of shape {shape}; expected (height, width) or (height, width, channels)")
 
 
-def _is_idx(file: File) -> bool:
-    name = PurePosixPath(file.path).name
-    return "idx1" in name or "idx3" in name
-
-
 def _labels_beside(images: File) -> File:
     if "images-idx3" not in images.path:
         raise DataError(f"{images.place}: an IDX file alone; name the images, such as train-images-idx3-ubyte.gz")
@@ -347,15 +258,28 @@ def _read_idx(file: File, dimensions: int) -> NDArray[np.uint8]:
             content = stream.read()
     except FileNotFoundError:
         raise DataError(f"{file.place}: no such file; the labels belong beside the images") from None
-    start = 4 + 4 * dimensions
-    if 4 <= len(content) < start:
-        raise DataError(f"{file.place}: {len(content)} bytes; its header alone has {start}")
-    if content[:4] != bytes([0, 0, 8, dimensions]):
-        raise DataError(f"{file.place}: not an IDX file of {dimensions}-dimensional unsigned bytes")
-    shape = tuple(int(size) for size in np.frombuffer(content[4:start], ">u4"))
+    start = idx_header_bytes(dimensions)
+    shape = parse_idx_header(content[:start], dimensions, file.place)
     if len(content) != start + math.prod(shape):
         raise DataError(f"{file.place}: {len(content)} bytes; its header promises {start + math.prod(shape)}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def idx_header_bytes(dimensions: int) -> int:
+    return 4 + 4 * dimensions
+
+
+def parse_idx_header(header: bytes, dimensions: int, place: str) -> tuple[int, ...]:
+    """The sizes of an IDX file of unsigned bytes, images (N, H, W) or labels (N,), from its first bytes.
+
+    Raises:
+        DataError: they are no such header.
+    """
+    if 4 <= len(header) < idx_header_bytes(dimensions):
+        raise DataError(f"{place}: {len(header)} bytes; its header alone has {idx_header_bytes(dimensions)}")
+    if header[:4] != bytes([0, 0, 8, dimensions]):
+        raise DataError(f"{place}: not an IDX file of {dimensions}-dimensional unsigned bytes")
+    return tuple(int(size) for size in np.frombuffer(header[4:], ">u4"))
 
 
 def _infer_shape(pixels: int, place: str) -> Shape:
@@ -370,7 +294,7 @@ def _check_pixels(pixels: int, shape: Shape, place: str) -> None:
         raise DataError(f"{place}: data.shape: {list(shape)} are {math.prod(shape)} values, a row has {pixels} pixels")
 
 
-def _table_of_columns(table: pa.Table, label: int | None, shape: Shape) -> Table:
+def table_of_columns(table: pa.Table, label: int | None, shape: Shape) -> Table:
     """A table with a column a pixel, all uint8 and without nulls."""
     pixels = [position for position in range(table.num_columns) if position != label]
     images = np.empty((table.num_rows, len(pixels)), np.uint8)
@@ -393,3 +317,11 @@ def _to_nchw(rows: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
 def _shape_text(images: NDArray[np.uint8]) -> str:
     channels, height, width = images.shape[1:]
     return f"{height} x {width} x {channels}"
+
+
+def to_tensors(images: NDArray[np.uint8]) -> pa.ExtensionArray:
+    """An Arrow column of fixed-shape tensors (C, H, W) of images (N, C, H, W), which are not copied."""
+    shape = images.shape[1:]
+    flat = pa.array(np.ascontiguousarray(images).reshape(-1))
+    lists = pa.FixedSizeListArray.from_arrays(flat, math.prod(shape))
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), shape), lists)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fmtune.calibration import BINS, MISTAKES, find_mistakes, measure_calibration
-from fmtune.pictures import encode_png
+from fmtune.thumbnails import encode_png
 
 
 def _open(image: str) -> Image.Image:

@@ -11,7 +11,6 @@ import fmtune.data
 from fmtune.config import DataConfig
 from fmtune.data import (
     Classes,
-    load_images,
     load_split,
     load_test_split,
     load_training_data,
@@ -111,15 +110,6 @@ def test_a_url_is_read_through_arrows_file_systems(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", table)
     for source in (f"file://{tmp_path}/a.csv", f"file://{tmp_path}/*.csv"):
         assert np.array_equal(load_split(DataConfig(train=source), "train").table.images, table.images)
-
-
-def test_unlabelled_images_are_read_as_labelled_ones(tmp_path: Path) -> None:
-    table = sample_rows("test", 1)
-    write_csv(tmp_path / "labelled.csv", table)
-    lines = (tmp_path / "labelled.csv").read_text().splitlines()
-    (tmp_path / "bare.csv").write_text("\n".join(line.partition(",")[2] for line in lines))
-    for name in ("labelled.csv", "bare.csv"):
-        assert np.array_equal(load_images(str(tmp_path / name), "label", (28, 28, 1)), table.images)
 
 
 @pytest.mark.parametrize(

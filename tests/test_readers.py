@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from pyarrow import fs
+from tables import write_idx
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from fmtune.datasets import read_named
 from fmtune.errors import DataError
-from fmtune.readers import File, Layout, Table, read_files, read_images
+from fmtune.files import File
+from fmtune.readers import Layout, Table, read_files
 
 SAMPLE = Path(read_named.__code__.co_filename).parent / "sample"
 
@@ -349,41 +351,13 @@ def test_parquet_that_is_none_is_refused(tmp_path: Path) -> None:
     assert _refusal(path).startswith("t.parquet: not a readable Parquet file")
 
 
-# Images alone
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("name", ["t.csv", "bare.csv", "t.parquet", "image.parquet"])
-def test_images_are_read_with_and_without_the_labels_column(name: str, labelled: bool, tmp_path: Path) -> None:
-    pixels, labels = _sample_rows()
-    frame = _sample_frame() if labelled else _sample_frame().drop(columns="label")
-    path = tmp_path / name
-    match name:
-        case "t.csv" | "bare.csv":
-            frame.to_csv(path, index=False, header=name == "t.csv")
-        case "t.parquet":
-            frame.to_parquet(path, index=False)
-        case _:
-            columns = {"label": pa.array(labels)} if labelled else {}
-            pq.write_table(pa.table(columns | {"image": _binary(pixels)}), path)
-    images = read_images([_file(path)], Layout(shape=(28, 28, 1)))
-    assert np.array_equal(images, pixels.reshape(-1, 1, 28, 28))
-
-
 # IDX
-
-
-def _write_idx(path: Path, values: NDArray[np.uint8]) -> None:
-    """Unsigned bytes of any shape as a gzipped IDX file."""
-    header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
-    with gzip.GzipFile(path, "wb", mtime=0) as stream:
-        stream.write(header + np.ascontiguousarray(values).tobytes())
 
 
 def _write_pair(folder: Path, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> tuple[Path, Path]:
     paths = folder / "t-images-idx3-ubyte.gz", folder / "t-labels-idx1-ubyte.gz"
     for path, values in zip(paths, (images, labels), strict=True):
-        _write_idx(path, values)
+        write_idx(path, values)
     return paths
 
 

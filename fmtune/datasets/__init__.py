@@ -14,7 +14,8 @@ import numpy as np
 from pyarrow import fs
 
 from fmtune.errors import DataError
-from fmtune.readers import File, Layout, Table, read_files
+from fmtune.files import File
+from fmtune.readers import Layout, Table, read_files
 
 Split = Literal["train", "test"]
 _BUILTIN: dict[str, tuple[str, dict[str, Any]]] = {

@@ -1,0 +1,42 @@
+"""A file of a source, wherever it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+import pyarrow as pa
+from pyarrow import fs
+
+from fmtune.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file on one of pyarrow's file systems; `place` is how the user knows it."""
+
+    system: fs.FileSystem
+    path: str
+    place: str
+
+    def open(self) -> IO[bytes]:
+        """The decompressed content; compression is taken from the name's ending."""
+        stream: IO[bytes] = self.system.open_input_stream(self.path)
+        return stream
+
+    @property
+    def size(self) -> int:
+        """Bytes, compressed if it is."""
+        size: int = self.system.get_file_info(self.path).size
+        return size
+
+
+@contextmanager
+def readable(file: File) -> Iterator[None]:
+    """What the file system and decompression raise, as one of fmtune's errors."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{file.place}: can't be read ({error})") from None

@@ -1,0 +1,50 @@
+"""The files that a source names."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+from pyarrow import fs
+
+from fmtune.datasets import NAMES
+from fmtune.errors import DataError
+from fmtune.files import File
+
+
+def find_files(source: str) -> list[File]:
+    """The files that a path, glob or URL names, in the order of their names.
+
+    Raises:
+        DataError: there are none.
+    """
+    if "://" in source:
+        return _find_remote_files(source)
+    paths = sorted(glob.glob(source, recursive=True)) if glob.has_magic(source) else [source]
+    files = [path for path in paths if os.path.isfile(path)]
+    if not files:
+        near = f"; known names are {', '.join(NAMES)}" if "/" not in source and "." not in source else ""
+        raise DataError(f"{source}: no such file{near}")
+    return [File(fs.LocalFileSystem(), os.path.abspath(path), path) for path in files]
+
+
+def _find_remote_files(source: str) -> list[File]:
+    root = source.rpartition("/")[0] if glob.has_magic(source) else source
+    try:
+        system, path = fs.FileSystem.from_uri(root)
+        if root == source:
+            found = [path]
+        else:
+            pattern = source.rpartition("/")[2]
+            infos = system.get_file_info(fs.FileSelector(path))
+            found = sorted(i.path for i in infos if fnmatch.fnmatch(PurePosixPath(i.path).name, pattern))
+        files = [i.path for i in system.get_file_info(found) if i.type == fs.FileType.File]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{source}: can't be reached ({error})") from None
+    if not files:
+        raise DataError(f"{source}: no such file")
+    scheme = source.partition("://")[0]
+    return [File(system, path, f"{scheme}://{path}") for path in files]

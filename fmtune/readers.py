@@ -211,8 +211,11 @@ def _table_of_image_column(table: pa.Table, label: int | None, shape: Shape | No
         images = images.storage
     kind = images.type
     if pa.types.is_fixed_size_binary(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        images = images.cast(pa.large_binary())
         sizes = pc.binary_length(images)
-        values = np.frombuffer(b"".join(images.to_pylist()), np.uint8)
+        _, offsets, content = images.buffers()
+        ends = np.frombuffer(offsets, np.int64)[images.offset : images.offset + len(images) + 1]
+        values = np.frombuffer(content, np.uint8)[ends[0] : ends[-1]]
     else:
         try:
             sizes = pc.list_value_length(images)

@@ -258,6 +258,7 @@ class Chooser:
             watcher=collector,
             params_of=self._context.space.params_of,
             until=Until(lambda: self._timing.is_late(reserve)),
+            can_grow=self._context.can_grow,
         )
         self._context.board.in_flight.clear()
         for task, outcome in rounds.outcomes.values():
@@ -288,7 +289,9 @@ class _Collector:
         self._board.in_flight[task.name] = Flight(task.name, task.config.epochs)
 
     def on_epoch(self, task: Task, metrics: EpochMetrics) -> None:
-        self._outcome(task).history.append(metrics)
+        outcome = self._outcome(task)
+        # A trial whose node died repeats the epoch whose checkpoint was not yet written.
+        outcome.history = [*(earlier for earlier in outcome.history if earlier.epoch < metrics.epoch), metrics]
         self._board.in_flight[task.name].last = metrics
         self._context.view.refresh()
 

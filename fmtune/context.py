@@ -23,7 +23,8 @@ from fmtune.view import View
 class RunContext:
     """A run under way: what is asked, on what data, where it is kept and what is shown of it.
 
-    `check_interrupt` raises KeyboardInterrupt if Ctrl-C was pressed and got lost.
+    `check_interrupt` raises KeyboardInterrupt if Ctrl-C was pressed and got lost; `can_grow` says that nodes may
+    come to the cluster, or leave it, as trials run.
     """
 
     space: Space
@@ -34,6 +35,7 @@ class RunContext:
     view: View
     tracking: Tracking
     check_interrupt: Callable[[], None]
+    can_grow: bool
 
     @property
     def storage(self) -> Path:

@@ -64,6 +64,7 @@ class Exploration:
                 until=Until(self._is_over, self._baseline_is_over),
                 scheduler=create_scheduler(context.space, earlier, count_slots(context.space.resources)),
                 pooled=not context.space.is_single,
+                can_grow=context.can_grow,
             )
         self._close_running()
 

@@ -21,11 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fmtune.checkpoint import save_training
 from fmtune.config import ResourcesConfig
+from fmtune.failures import DEATHS
 from fmtune.training import EpochMetrics, Training
 from fmtune.trial import SharedData, Task, create_training, set_threads, worker_resources
 
-_DEATHS = 3
-"""Times that a trial's workers are replaced before it is given up."""
 _CONNECT_SECONDS = 60
 """Seconds that workers wait for one another, and in a collective operation for one that has died."""
 
@@ -58,19 +57,21 @@ class PooledTrial(tune.Trainable):
             try:
                 metrics, self._files = self._run_epoch()
                 break
-            except RayActorError:
+            except RayActorError as error:
                 self._deaths += 1
                 self.cleanup()
-                if self._deaths > _DEATHS:
-                    raise
+                if self._deaths > DEATHS:
+                    raise RuntimeError(f"a worker died for the {self._deaths}th time: {error}") from None
         return metrics.as_dict() | {"done": metrics.epoch == self._task.config.epochs}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         for name, content in self._files.items():
             (Path(checkpoint_dir) / name).write_bytes(content)
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        raise NotImplementedError("a trial goes on from its task's own checkpoint")
+    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
+        """Go on from a checkpoint after this process, or its node, has died."""
+        self._files = {path.name: path.read_bytes() for path in Path(checkpoint).iterdir() if path.is_file()}
+        self._has_begun = False
 
     def cleanup(self) -> None:
         for worker in self._workers:

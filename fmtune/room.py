@@ -12,12 +12,14 @@ from fmtune.errors import InputError
 from fmtune.trial import worker_resources
 
 
-def check_room(resources: ResourcesConfig, has_shared_storage: bool) -> None:
-    """Find out before the first trial that none could run.
+def check_room(resources: ResourcesConfig, has_shared_storage: bool, can_grow: bool) -> None:
+    """Find out before the first trial that none could run, as far as the nodes are known.
 
     Raises:
         InputError: a trial wants more than a single machine has, or several nodes have no folder in common.
     """
+    if can_grow:
+        return
     if len(ray.nodes()) > 1:
         if not has_shared_storage:
             raise InputError("storage: null; several nodes need the path of a folder that all of them share")

@@ -165,14 +165,16 @@ def run_space(
             for line in weights:
                 view.note(line)
             with ray_session(space.resources, address, view.note):
-                check_room(space.resources, has_shared_storage=space.storage is not None)
+                # Nodes that come and go need a folder that they share with those that are there.
+                can_grow = address is not None and space.storage is not None
+                check_room(space.resources, has_shared_storage=space.storage is not None, can_grow=can_grow)
                 # What is refused before this leaves no folder behind, and a folder that is there as it was.
                 RunFolder.create(path, space.to_yaml())
                 screen.log_to(folder.log)
                 tracking = stack.enter_context(track(trackers, folder, view.note))
                 if space.is_single and space.resources.cpus is None and address is None:
                     space = replace(space, resources=whole_machine(space.resources))
-                context = RunContext(space, data, SharedData.of(data), folder, board, view, tracking, check)
+                context = RunContext(space, data, SharedData.of(data), folder, board, view, tracking, check, can_grow)
                 timing = Timing(space, folder, board, _rows_ratio(data), lambda: count_slots(space.resources))
                 choice = _choose(context, timing, address is None)
             board.phase = "measuring on the test split"

@@ -114,7 +114,10 @@ def run_trial(config: dict[str, Any], *, data: SharedData, resources: ResourcesC
         return
     set_threads(resources)
     device = torch.device("cuda" if resources.gpus else "cpu")
-    _train(task, data, device, rank=0, workers=1, report=_report_to_tune)
+    # Tune has a checkpoint for it where an earlier attempt died with its process or its node.
+    checkpoint = tune.get_checkpoint()
+    with checkpoint.as_directory() if checkpoint is not None else nullcontext(task.resume_from) as folder:
+        _train(replace(task, resume_from=folder), data, device, rank=0, workers=1, report=_report_to_tune)
 
 
 def _run_distributed(task: Task, data: SharedData, resources: ResourcesConfig) -> None:

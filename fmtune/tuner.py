@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import optuna
@@ -12,11 +11,12 @@ from optuna.trial import FrozenTrial
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from fmtune.config import ResourcesConfig, Scalar, TrialConfig, flatten
+from fmtune.failures import DEATHS, EndsErrors, InOrder, find_cause, is_error_of_training
 from fmtune.pool import PooledTrial
 from fmtune.room import count_slots
 from fmtune.run import TrialRecord
@@ -252,7 +252,7 @@ class Planned(optuna.samplers.BaseSampler):
         self._other.after_trial(study, trial, state, values)
 
 
-class _SparesBaseline(_NotStored, TrialScheduler):
+class _SparesBaseline(_NotStored, EndsErrors):
     """Lets trial 0 run to its end: it is what the others are compared with."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
@@ -308,7 +308,7 @@ def create_scheduler(space: Space, earlier: Sequence[TrialRecord], slots: int) -
         case "median":
             return MedianRule(time_attr="epoch", grace_period=1, min_samples_required=_MEDIAN_MIN_TRIALS, **options)
         case _:
-            return FIFOScheduler()
+            return InOrder()
 
 
 def _asha_rungs(space: Space, slots: int) -> dict[str, Any]:
@@ -374,7 +374,8 @@ class _Reports(_NotStored, tune.Callback):
         self._watcher.on_checkpoint(Task(**trial.config), checkpoint.path)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._watcher.on_end(Task(**trial.config), None)
+        cause = find_cause(trial) if is_error_of_training(trial) else None
+        self._watcher.on_end(Task(**trial.config), cause)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._watcher.on_end(Task(**trial.config), find_cause(trial))
@@ -392,6 +393,7 @@ def run_trials(
     until: Until,
     scheduler: TrialScheduler | None = None,
     pooled: bool = False,
+    can_grow: bool = False,
     params_of: Callable[[TrialConfig], Mapping[str, Scalar]] = flatten,
 ) -> None:
     """Run the tasks that a searcher proposes, as many at a time as there is room for.
@@ -408,6 +410,7 @@ def run_trials(
         scheduler: stops trials early; none runs them to their end.
         pooled: keep the workers of trials that have several up from one trial to the next; without, each trial has a
             `TorchTrainer` of its own, which takes seconds to start.
+        can_grow: whether nodes may come to the cluster, or leave it, as trials run.
         params_of: the values of a configuration that TensorBoard compares; all by default.
     """
     pooled = pooled and resources.workers > 1
@@ -415,9 +418,11 @@ def run_trials(
         _create_trainable(shared, resources, pooled),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=scheduler,
+            scheduler=scheduler or InOrder(),
             num_samples=trials,
-            max_concurrent_trials=count_slots(resources),
+            # Without a bound Tune keeps a trial waiting for room, which is what makes an autoscaler add a node. The
+            # drivers of workers want no room for themselves, so theirs would all start at once.
+            max_concurrent_trials=None if can_grow and resources.workers == 1 else count_slots(resources),
             # A trial blocked in a nested TorchTrainer can't hand its process on.
             reuse_actors=pooled or resources.workers == 1,
             trial_dirname_creator=lambda trial: trial.config["name"],
@@ -430,7 +435,7 @@ def run_trials(
             callbacks=[_Reports(watcher), EventFiles(params_of)],
             # Tune asks a pooled trial for its checkpoints; the others bring them.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_frequency=int(pooled)),
-            failure_config=tune.FailureConfig(max_failures=0),
+            failure_config=tune.FailureConfig(max_failures=DEATHS),
             verbose=0,
         ),
     )
@@ -445,15 +450,6 @@ def _create_trainable(shared: SharedData, resources: ResourcesConfig, pooled: bo
     if pooled:
         amounts = tune.PlacementGroupFactory([{"CPU": 0.0}, *[worker_resources(resources)] * resources.workers])
     return tune.with_resources(tune.with_parameters(trainable, data=shared, resources=resources), amounts)
-
-
-def find_cause(trial: Trial) -> str:
-    """First cause of a trial's death: the last line of its traceback."""
-    error_file = trial.error_file
-    if not error_file or not Path(error_file).exists():
-        return "the trial's process ended without a message"
-    lines = Path(error_file).read_text(encoding="utf-8").splitlines()
-    return next((line for line in reversed(lines) if line.strip() and not line.startswith(" ")), "no message")
 
 
 def _number(task: Task) -> int:

@@ -56,6 +56,7 @@ class Board:
         in_flight: the trainings under way, by the names of their tasks.
         capacity: what they share out among them; None before the first.
         has_baseline: whether trial 0 is one; in a single training it is not.
+        broken_off: the cause of failures in a row that ended the search early.
     """
 
     title: str
@@ -70,6 +71,7 @@ class Board:
     in_flight: dict[str, Flight] = field(default_factory=dict)
     capacity: Capacity | None = None
     has_baseline: bool = True
+    broken_off: str | None = None
 
     def value(self, record: TrialRecord) -> float | None:
         """The deciding metric after the trial's last epoch."""

@@ -17,7 +17,7 @@ from typing import Any  # noqa: E402
 import click  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from fmtune.errors import FmtuneError, InputError  # noqa: E402
+from fmtune.errors import FmtuneError, InputError, RunFailed  # noqa: E402
 
 _SPACE = click.argument("space", metavar="SPACE.yaml", type=click.Path(path_type=Path))
 _RUN = click.argument("run", metavar="RUN")
@@ -217,6 +217,8 @@ def _run(
         again = sys.argv[1:] if resume else [*sys.argv[1:], "--resume"]
         raise Interrupted(f"{interrupted}; go on with: {shlex.join(['fmtune', *again])}") from None
     print_summary(Console(), result.folder, result.summary)
+    if result.summary["broken_off"]:
+        raise RunFailed("the search broke off; mend the cause of the failures, and go on with --resume")
 
 
 def main() -> None:

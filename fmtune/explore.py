@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -93,9 +94,7 @@ class Exploration:
         if record.cause:
             record.state = "failed"
             fail(self._study, record.number, record.cause)
-            self._failures.append(record.cause)
-            if self._is_hopeless():
-                self._context.view.note(f"the last {_SAME_FAILURES} trials died of one cause; the search ends")
+            self._count_failure(record.cause)
         else:
             self._failures.clear()
             record.state = "complete" if len(record.history) == record.config.epochs else "pruned"
@@ -162,11 +161,15 @@ class Exploration:
 
     def _is_over(self) -> bool:
         """Whether the time is up, or trial after trial dies of one cause."""
-        return self._timing.search_is_over() or self._is_hopeless()
+        return self._timing.search_is_over() or self._board.broken_off is not None
 
-    def _is_hopeless(self) -> bool:
+    def _count_failure(self, cause: str) -> None:
+        # Causes of a kind differ in their figures, such as the step of a loss that is not finite.
+        self._failures.append(re.sub(r"\d+", "#", cause))
         recent = self._failures[-_SAME_FAILURES:]
-        return len(recent) == _SAME_FAILURES and len(set(recent)) == 1
+        if len(recent) == _SAME_FAILURES and len(set(recent)) == 1 and self._board.broken_off is None:
+            self._board.broken_off = cause
+            self._context.view.note(f"the last {_SAME_FAILURES} trials died of one cause; the search ends")
 
     def _baseline_is_over(self, task: Task, result: dict[str, float]) -> bool:
         """Whether the baseline's next epoch would take it over its share of the time."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,16 @@ def look_ahead(values: Sequence[float], limit: float, seed: int = 0) -> Outlook 
     gains = [min(room, _extrapolate(sample)) for sample in samples]
     low, high = np.quantile(gains, [0.025, 0.975])
     return Outlook(min(room, _extrapolate(measured)), float(low), float(high), len(values))
+
+
+def describe_outlook(outlook: Mapping[str, Any]) -> str:
+    """A sentence on an outlook as summary.json has it: an `Outlook`'s attributes, and the `metric` that it is in."""
+    more, figures = f"{outlook['trials']} more trials", [outlook[key] for key in ("gain", "low", "high")]
+    if outlook["metric"] == "val_accuracy":
+        gain, low, high = (f"{100 * figure:.2f}" for figure in figures)
+        return f"{more} would add about {gain} points of validation accuracy (95% interval {low} to {high})"
+    gain, low, high = (f"{figure:.4f}" for figure in figures)
+    return f"{more} would take about {gain} off the validation loss (95% interval {low} to {high})"
 
 
 def _extrapolate(values: NDArray[np.float64]) -> float:

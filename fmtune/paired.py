@@ -43,3 +43,8 @@ def compare_paired(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paire
     p_value = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     interval = (max(-1.0, difference - half), min(1.0, difference + half))
     return PairedDifference(difference, interval, float(p_value), gained, lost)
+
+
+def describe_chance(p_value: float) -> str:
+    """The p-value of McNemar's test in words."""
+    return "McNemar, p < 0.001" if p_value < 0.001 else f"McNemar, p = {p_value:.3f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from fmtune.board import Board
 from fmtune.calibration import find_mistakes, measure_calibration
 from fmtune.checkpoint import save_model, write_json
 from fmtune.choice import Choice, load_trial_model, mean_of
 from fmtune.context import RunContext
 from fmtune.data import has_test_split, load_test_split
 from fmtune.errors import DataError
+from fmtune.outlook import describe_outlook, look_ahead
+from fmtune.paired import compare_paired, describe_chance
 from fmtune.predict import Measured, evaluate_model, wilson_interval
 from fmtune.run import RunFolder, TrialRecord
 from fmtune.training import EpochMetrics, Evaluation
@@ -87,6 +91,8 @@ def _summarise(context: RunContext, choice: Choice) -> dict[str, Any]:
         + sum(context.images_trained(record.config, len(record.history)) for record in records),
         "finalists": [_describe_finalist(number, results) for number, results in choice.finalists.items()],
         "refit": choice.is_refit,
+        "outlook": _look_ahead(board),
+        "broken_off": board.broken_off,
         "failures": [
             {"trial": record.number, "cause": record.cause, "config": record.config.model_dump(mode="json")}
             for record in records
@@ -108,9 +114,19 @@ def _describe_baseline(record: TrialRecord) -> dict[str, Any]:
     return {
         "val_accuracy": record.last and record.last.val_accuracy,
         "test_accuracy": None,
+        "difference": None,
         "epochs": len(record.history),
         "of_epochs": record.config.epochs,
     }
+
+
+def _look_ahead(board: Board) -> dict[str, Any] | None:
+    """What as many trials again would bring, by those drawn from the space; None where they are too few."""
+    drawn = [r for r in board.records.values() if r.state != "failed" and not (board.has_baseline and r.number == 0)]
+    values = [value for r in drawn if (value := board.value(r)) is not None and math.isfinite(value)]
+    sign, limit = (1, 1.0) if board.larger else (-1, 0.0)
+    outlook = look_ahead([sign * value for value in values], limit)
+    return None if outlook is None else {"metric": board.metric} | asdict(outlook)
 
 
 def _measure_test(context: RunContext, choice: Choice, summary: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +144,10 @@ def _measure_test(context: RunContext, choice: Choice, summary: dict[str, Any]) 
     summary["test_loss"] = best.loss
     baseline = context.board.records.get(0)
     if summary["baseline"] and baseline and baseline.checkpoint:
-        evaluation = evaluate_model(load_trial_model(context, baseline), loaded.table.images, labels)
-        summary["baseline"]["test_accuracy"] = evaluation.accuracy
+        reference = evaluate_model(load_trial_model(context, baseline), loaded.table.images, labels)
+        summary["baseline"]["test_accuracy"] = reference.accuracy
+        is_right, was_right = (e.predicted.cpu().numpy() == labels for e in (best, reference))
+        summary["baseline"]["difference"] = asdict(compare_paired(is_right, was_right))
     return Measured(choice.model, best).as_dict() | _examine(best, loaded.table.images, labels)
 
 
@@ -163,9 +181,13 @@ def describe_summary(folder: RunFolder, summary: dict[str, Any]) -> list[tuple[s
     if baseline:
         lines.append(("baseline", _describe_against(summary, baseline)))
     counts = f"{trials['complete']} complete, {trials['pruned']} stopped early, {trials['failed']} failed"
+    if summary["broken_off"]:
+        lines.append(("broken off", f"after failures in a row of one cause: {summary['broken_off']}"))
     lines.append(
         ("trials", f"{counts}, {summary['images_trained']:,} images trained in {format_seconds(summary['seconds'])}")
     )
+    if summary["outlook"]:
+        lines.append(("more", describe_outlook(summary["outlook"])))
     lines.append(("refit", "on training and validation rows together" if summary["refit"] else "none"))
     lines.append(("run", str(folder.path)))
     return lines
@@ -191,10 +213,18 @@ def _describe_against(summary: dict[str, Any], baseline: dict[str, Any]) -> str:
         return "had no time to finish an epoch"
     text = _percent(baseline[key])
     if summary[key] is not None:
-        text += f"  (tuned: {100 * (summary[key] - baseline[key]):+.2f} points)"
+        text += f"  (tuned: {100 * (summary[key] - baseline[key]):+.2f} points{_describe_difference(baseline)})"
     if baseline["epochs"] < baseline["of_epochs"]:
         text += f"  after {baseline['epochs']} of {baseline['of_epochs']} epochs, its share of the time"
     return text
+
+
+def _describe_difference(baseline: dict[str, Any]) -> str:
+    paired = baseline["difference"]
+    if paired is None:
+        return ""
+    low, high = (100 * end for end in paired["interval"])
+    return f", 95% interval {low:+.2f} to {high:+.2f}; {describe_chance(paired['p_value'])}"
 
 
 def _percent(share: float | None) -> str:

@@ -41,6 +41,8 @@ CLASSES = ["T-shirt/top", HOSTILE, "Fish & chips", '"quoted"']
 NAMES = [*CLASSES, "never"]
 CONFUSION = [[200, 20, 20, 10], [25, 220, 3, 2], [30, 10, 205, 5], [2, 3, 0, 245]]
 
+DIFFERENCE = {"difference": 0.0788, "interval": [0.0544, 0.1032], "p_value": 1e-9, "gained": 120, "lost": 41}
+
 
 def create_run(path: Path, trials: int = 40, *, test: bool = True, overfit: bool = False) -> RunFolder:
     """A search's folder: the learning rate decides, and two trials of three are stopped early."""
@@ -65,7 +67,9 @@ def create_training(path: Path) -> RunFolder:
     _write(folder, [record], [])
     summary = _summarise([record], record, test=False)
     dataset = summary["dataset"] | {"source": "images.csv"}
-    folder.write_summary(summary | {"dataset": dataset, "baseline": None, "finalists": [], "refit": False})
+    folder.write_summary(
+        summary | {"dataset": dataset, "baseline": None, "finalists": [], "outlook": None, "refit": False}
+    )
     _write_best(folder, record, None)
     return folder
 
@@ -139,7 +143,14 @@ def _summarise(records: list[TrialRecord], best: TrialRecord, test: bool) -> dic
         "test_accuracy": 0.87 if test else None,
         "test_interval": [0.8477, 0.8894] if test else None,
         "test_loss": 0.4 if test else None,
-        "baseline": {"val_accuracy": 0.7429, "test_accuracy": 0.7912 if test else None, "epochs": 6, "of_epochs": 6},
+        "baseline": {
+            "val_accuracy": 0.7429,
+            "test_accuracy": 0.7912 if test else None,
+            "difference": dict(DIFFERENCE) if test else None,
+            "epochs": 6,
+            "of_epochs": 6,
+        },
+        "outlook": {"metric": "val_accuracy", "gain": 0.0031, "low": 0.0, "high": 0.0112, "trials": 39},
         "seconds": 605.0,
         "images_trained": 1234567,
         "finalists": [
@@ -151,6 +162,7 @@ def _summarise(records: list[TrialRecord], best: TrialRecord, test: bool) -> dic
             }
         ],
         "refit": True,
+        "broken_off": None,
         "failures": [{"trial": r.number, "cause": HOSTILE, "config": {}} for r in records if r.state == "failed"],
     }
 

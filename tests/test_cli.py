@@ -62,6 +62,21 @@ def run(folder: Path, ray_cluster: None) -> Path:
     return folder / "runs" / "one"
 
 
+def test_a_search_that_fails_time_after_time_says_so_by_its_exit_code(
+    folder: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Five trials overflow, each at a step of its own; what the baseline reached is kept all the same."""
+    diverging = {"trial.optim.name": "sgd", "trial.optim.lr": "{log: [1e28, 1e30]}", "trial.precision": "fp32"}
+    sets = [word for key, value in {"search.trials": 20, **diverging}.items() for word in ("--set", f"{key}={value}")]
+    assert _main("search", folder / "tiny.yaml", "--runs", folder / "runs", "--name", "failing", *sets) == 1
+    out, err = capfd.readouterr()
+    assert err.splitlines()[-1].startswith("error: the search broke off; mend the cause")
+    assert "broken off after failures in a row of one cause: fmtune.errors.NonFiniteLoss" in out
+    summary = json.loads((folder / "runs" / "failing" / "summary.json").read_text())
+    assert summary["trials"]["complete"] == 1
+    assert 5 <= summary["trials"]["failed"] < 10
+
+
 def test_a_search_prints_plain_lines_and_the_last_screen(
     folder: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from fmtune.outlook import MIN_VALUES, _expected_best, look_ahead
+from fmtune.outlook import MIN_VALUES, _expected_best, describe_outlook, look_ahead
 
 STUDIES = 300
 
@@ -82,3 +82,12 @@ def test_expected_best_is_the_mean_over_all_choices() -> None:
     for k in range(1, 7):
         counted = np.mean([max(chosen) for chosen in combinations(values, k)])
         assert _expected_best(values, k) == pytest.approx(counted)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [("val_accuracy", "add about 0.42 points of validation accuracy"), ("val_loss", "take about 0.0042 off the")],
+)
+def test_outlook_is_said_in_the_metrics_own_unit(metric: str, words: str) -> None:
+    said = describe_outlook({"metric": metric, "gain": 0.0042, "low": 0.0, "high": 0.01, "trials": 30})
+    assert said.startswith("30 more trials would ") and words in said

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pages import Page
-from runs import EPOCHS, HOSTILE, NAMES, SPACE, create_run, create_training, examine_test
+from runs import DIFFERENCE, EPOCHS, HOSTILE, NAMES, SPACE, create_run, create_training, examine_test
 
 from fmtune.calibration import Bin, Calibration
 from fmtune.errors import RunFolderError
@@ -349,15 +349,22 @@ def test_running_best_rises_over_complete_trials(searched: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("interval", "baseline", "words"),
+    ("changes", "words"),
     [
-        ((0.84, 0.88), (0.75, 0.80), "do not overlap: chance"),
-        ((0.84, 0.88), (0.80, 0.85), "overlap: this many"),
-        ((0.70, 0.74), (0.80, 0.85), "The baseline is better"),
+        ({}, "120 test images right, the baseline alone 41 test images"),
+        ({}, "Chance in which images were drawn does not explain it"),
+        ({"p_value": 0.0513}, "p = 0.051). So few images can't rule out"),
+        ({"gained": 41, "lost": 120}, "The baseline is better"),
     ],
 )
-def test_judgement(interval: tuple[float, float], baseline: tuple[float, float], words: str) -> None:
-    assert words in (judge(Gain("test", sum(interval) / 2, interval, sum(baseline) / 2, baseline)) or "")
+def test_judgement(changes: dict[str, Any], words: str) -> None:
+    gain = Gain("test", 0.87, (0.8477, 0.8894), 0.7912, (0.7647, 0.8151), DIFFERENCE | changes)
+    assert words in (judge(gain) or "")
+
+
+def test_page_says_what_more_trials_would_bring(page: str) -> None:
+    text = " ".join(Page(page).text.split())
+    assert "39 more trials would add about 0.31 points of validation accuracy (95% interval 0.00 to 1.12)" in text
 
 
 def test_importance_finds_the_parameter_that_decides(searched: RunFolder) -> None:

@@ -139,6 +139,18 @@ def test_a_search_learns(result: RunResult) -> None:
     assert result.summary["baseline"]["test_accuracy"] > 0.2
 
 
+def test_the_gain_over_the_baseline_is_that_of_the_same_images(result: RunResult) -> None:
+    """The difference of the accuracies is that of the images which one alone has right."""
+    summary = result.summary
+    baseline = summary["baseline"]
+    paired, images = baseline["difference"], summary["dataset"]["test"]
+    assert paired["difference"] == pytest.approx(summary["test_accuracy"] - baseline["test_accuracy"])
+    assert paired["gained"] - paired["lost"] == round(images * paired["difference"])
+    low, high = paired["interval"]
+    assert low < paired["difference"] < high
+    assert 0 <= paired["p_value"] <= 1
+
+
 def test_the_run_folder_is_complete(result: RunResult) -> None:
     folder = result.folder
     names = {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()}

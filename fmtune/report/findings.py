@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fmtune.calibration import Bin, Calibration
+from fmtune.outlook import describe_outlook
+from fmtune.paired import describe_chance
 from fmtune.predict import wilson_interval
 from fmtune.report.read import Run, Trial, finite
 from fmtune.report.words import listing, percent, plural
@@ -80,7 +82,8 @@ def _describe_overfitting(at: EpochMetrics, last: EpochMetrics, lowest: float, e
 class Gain:
     """The kept model against the baseline, on the test split if both were measured there, else on validation rows.
 
-    `result` and `baseline` are accuracies; intervals are of 95%, None on validation rows.
+    `result` and `baseline` are accuracies; intervals are of 95%, None on validation rows; `difference` is the
+    `PairedDifference` of the two on the test split, as summary.json has it.
     """
 
     split: Literal["test", "validation"]
@@ -88,6 +91,7 @@ class Gain:
     interval: tuple[float, float] | None
     baseline: float | None
     baseline_interval: tuple[float, float] | None
+    difference: Mapping[str, Any] | None = None
 
     @property
     def points(self) -> float | None:
@@ -98,27 +102,30 @@ class Gain:
 def weigh(run: Run) -> Gain:
     """The result and what it is compared with."""
     summary: Any = run.summary
-    reference = summary["baseline"] or {"val_accuracy": None, "test_accuracy": None}
+    reference = summary["baseline"] or {"val_accuracy": None, "test_accuracy": None, "difference": None}
     if summary["test_accuracy"] is None:
         return Gain("validation", summary["val_accuracy"], None, reference["val_accuracy"], None)
     low, high = summary["test_interval"]
     images, accuracy = summary["dataset"]["test"], reference["test_accuracy"]
     around = wilson_interval(round(accuracy * images), images) if accuracy is not None else None
-    return Gain("test", summary["test_accuracy"], (low, high), accuracy, around)
+    return Gain("test", summary["test_accuracy"], (low, high), accuracy, around, reference["difference"])
 
 
 def judge(gain: Gain) -> str | None:
-    """A sentence on whether the gain is more than chance; None without a baseline or intervals."""
-    if gain.points is None or gain.interval is None or gain.baseline_interval is None:
+    """A sentence on whether the gain is more than chance; None where both were not measured on the same test images."""
+    if gain.difference is None:
         return None
-    if gain.interval[0] > gain.baseline_interval[1]:
-        return "The two 95% intervals do not overlap: chance in which images were drawn does not explain the gain."
-    if gain.interval[1] < gain.baseline_interval[0]:
-        return "The baseline is better, and the two 95% intervals do not overlap: keep the baseline's configuration."
-    return (
-        "The two 95% intervals overlap: this many test images can't rule out that the difference is chance. "
-        "More test images would narrow the intervals."
+    gained, lost = (plural(gain.difference[key], "test image") for key in ("gained", "lost"))
+    low, high = (100 * end for end in gain.difference["interval"])
+    text = (
+        f"The result alone has {gained} right, the baseline alone {lost}: a gain of {gain.points:+.2f} points, 95% "
+        f"interval {low:+.2f} to {high:+.2f} ({describe_chance(gain.difference['p_value'])}). "
     )
+    if gain.difference["p_value"] >= 0.05:
+        return text + "So few images can't rule out that this is chance; more of them would narrow the interval."
+    if gain.difference["gained"] > gain.difference["lost"]:
+        return text + "Chance in which images were drawn does not explain it."
+    return text + "The baseline is better, by more than chance: keep the baseline's configuration."
 
 
 def describe_caveats(run: Run, gain: Gain) -> list[str]:
@@ -136,6 +143,8 @@ def describe_caveats(run: Run, gain: Gain) -> list[str]:
     if reference and reference["epochs"] < reference["of_epochs"]:
         done = f"{reference['epochs']} of its {reference['of_epochs']} epochs"
         texts.append(f"The baseline had time for {done} only, so the gain is partly one of training longer.")
+    if summary["outlook"]:
+        texts.append(f"Is more tuning worth it? By the trials so far, {describe_outlook(summary['outlook'])}.")
     return texts
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean, variance
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from fmtune.explore import rank
 from fmtune.model import Pixels
 from fmtune.room import measure_capacity, whole_machine
 from fmtune.run import TrialRecord
+from fmtune.storage import fetch
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
 from fmtune.trial import SharedData, Task, derive_seed
@@ -254,7 +254,7 @@ class Chooser:
             TaskRounds(rounds.next_round),
             most,
             name=self._context.experiment_name(phase),
-            storage=str(self._context.storage),
+            storage=self._context.storage.place,
             watcher=collector,
             params_of=self._context.space.params_of,
             until=Until(lambda: self._timing.is_late(reserve)),
@@ -275,7 +275,8 @@ class Chooser:
     def _refitted_model(self, winner: TrialRecord, refit: _Outcome) -> TrainedModel:
         assert refit.checkpoint is not None
         data = self._context.data
-        weights = load_weights(Path(refit.checkpoint))
+        with fetch(refit.checkpoint) as folder:
+            weights = load_weights(folder)
         return create_trained_model(winner.config, self._all_pixels(), data.classes, data.image_shape, weights)
 
 
@@ -296,7 +297,7 @@ class _Collector:
         self._context.view.refresh()
 
     def on_checkpoint(self, task: Task, folder: str) -> None:
-        self._outcome(task).checkpoint = folder
+        self._outcome(task).checkpoint = self._context.storage.place_of(folder)
 
     def on_end(self, task: Task, cause: str | None) -> None:
         self._outcome(task).cause = cause
@@ -318,5 +319,6 @@ def load_trial_model(context: RunContext, record: TrialRecord) -> TrainedModel:
     """The weights that a trial of the search ended with."""
     assert record.checkpoint is not None
     data = context.data
-    weights = load_weights(Path(record.checkpoint))
+    with fetch(record.checkpoint) as folder:
+        weights = load_weights(folder)
     return create_trained_model(record.config, data.pixels, data.classes, data.image_shape, weights)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 from fmtune.batches import count_trained
 from fmtune.board import Board
-from fmtune.checkpoint import load_metrics
 from fmtune.config import TrialConfig
 from fmtune.data import TrainingData
 from fmtune.run import RunFolder, TrialRecord
 from fmtune.space import Space
+from fmtune.storage import Storage
 from fmtune.trackers import Tracking
-from fmtune.training import EpochMetrics
-from fmtune.trial import SharedData, Task, create_task, task_name
+from fmtune.trial import SharedData, Task, create_task
 from fmtune.view import View
 
 
@@ -37,12 +36,16 @@ class RunContext:
     check_interrupt: Callable[[], None]
     can_grow: bool
 
-    @property
-    def storage(self) -> Path:
+    @cached_property
+    def storage(self) -> Storage:
         """Tune's own folder."""
-        if self.space.storage is None:
-            return self.folder.ray.resolve()
-        return Path(self.space.storage).resolve() / self.folder.path.name
+        kept = self.kept
+        return Storage(str(self.folder.ray)) if kept is None else kept.below(self.folder.ray.name)
+
+    @cached_property
+    def kept(self) -> Storage | None:
+        """Where the run folder lands when all is done, None where it stays what it is."""
+        return None if self.space.storage is None else Storage(self.space.storage).below(self.folder.path.name)
 
     def task_of(self, record: TrialRecord) -> Task:
         """The task of a trial of the search, from its last checkpoint on if it has one."""
@@ -55,14 +58,5 @@ class RunContext:
 
     def experiment_name(self, phase: str) -> str:
         """A folder of Tune's that no earlier attempt at this phase has used."""
-        attempts = len(list(self.storage.glob(f"{phase}*")))
+        attempts = self.storage.count(phase)
         return phase if attempts == 0 else f"{phase}-{attempts + 1}"
-
-
-def find_checkpoint(storage: Path, number: int) -> tuple[str, EpochMetrics] | None:
-    """The newest whole checkpoint of a trial and its epoch's metrics, over all attempts of the search."""
-    found = storage.glob(f"search*/{task_name(number)}/**/checkpoint_*")
-    for folder in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        if (metrics := load_metrics(folder)) is not None:
-            return str(folder), metrics
-    return None

@@ -19,7 +19,7 @@ import fmtune.datasets as datasets
 from fmtune.config import DataConfig
 from fmtune.datasets import Split
 from fmtune.errors import DataError
-from fmtune.files import File
+from fmtune.files import File, is_url
 from fmtune.model import Pixels
 from fmtune.readers import Layout, Table, complete_idx, read_files, to_tensors
 from fmtune.sources import find_files
@@ -281,7 +281,7 @@ def _identify(files: list[File], layout: Layout) -> str:
     identity: list[object] = [_CACHE_FORMAT, layout.label, layout.shape]
     for file in files:
         info = file.system.get_file_info(file.path)
-        identity.append((file.place if "://" in file.place else file.path, info.size, info.mtime_ns))
+        identity.append((file.place if is_url(file.place) else file.path, info.size, info.mtime_ns))
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
 
 

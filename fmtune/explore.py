@@ -10,12 +10,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from fmtune.board import Flight
-from fmtune.context import RunContext, find_checkpoint
+from fmtune.context import RunContext
 from fmtune.room import count_slots, measure_capacity
 from fmtune.run import State, TrialRecord
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
-from fmtune.trial import Task
+from fmtune.trial import Task, task_name
 from fmtune.tuner import CAUSE, STUDY, StudySearch, Until, create_scheduler, fail, run_trials, tell
 
 _BASELINE_SHARE = 0.25
@@ -59,7 +59,7 @@ class Exploration:
                 searcher,
                 remaining,
                 name=context.experiment_name("search"),
-                storage=str(context.storage),
+                storage=context.storage.place,
                 watcher=self,
                 params_of=context.space.params_of,
                 until=Until(self._is_over, self._baseline_is_over),
@@ -86,7 +86,7 @@ class Exploration:
         self._context.view.refresh()
 
     def on_checkpoint(self, task: Task, folder: str) -> None:
-        self._records[_number(task)].checkpoint = folder
+        self._records[_number(task)].checkpoint = self._context.storage.place_of(folder)
 
     def on_end(self, task: Task, cause: str | None) -> None:
         record = self._record_of(task)
@@ -133,7 +133,7 @@ class Exploration:
 
     def _restore_checkpoint(self, record: TrialRecord) -> None:
         """Find the trial's last checkpoint, and in it an epoch that was trained but not yet entered in the history."""
-        found = find_checkpoint(self._context.storage, record.number)
+        found = self._context.storage.find_checkpoint("search", task_name(record.number))
         if found is None:
             return
         record.checkpoint, metrics = found

@@ -33,6 +33,11 @@ class File:
         return size
 
 
+def is_url(place: str) -> bool:
+    """Whether a place is a URL and no path."""
+    return "://" in place
+
+
 @contextmanager
 def readable(file: File) -> Iterator[None]:
     """What the file system and decompression raise, as one of fmtune's errors."""

@@ -23,7 +23,8 @@ def create_schema() -> dict[str, Any]:
     properties: dict[str, Any] = {name: _inline(TypeAdapter(kind).json_schema()) for name, kind in SECTIONS.items()}
     properties["storage"] = {
         "type": ["string", "null"],
-        "description": "Folder, shared by all nodes, for Tune's own files; null: in the run's.",
+        "description": "Path of a folder that all nodes share, or URL (s3://, gs://), for Tune's own files and the "
+        "finished run folder; null: all stays in the run folder.",
     }
     properties["baseline"] = {
         "anyOf": [{"enum": list(RECIPES)}, copy.deepcopy(trial)],

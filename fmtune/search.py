@@ -24,6 +24,7 @@ from fmtune.room import check_room, count_slots, whole_machine
 from fmtune.run import RunFolder
 from fmtune.session import interruptible, quiet, ray_session
 from fmtune.space import Space
+from fmtune.storage import check_storage
 from fmtune.summary import conclude
 from fmtune.timing import Timing, read_clock, write_clock
 from fmtune.trackers import connect_trackers, track
@@ -68,8 +69,8 @@ def search(
         started: `time.monotonic()` from which `search.time` counts; now by default.
 
     Raises:
-        InputError: the space, the data or the run folder is not as it must be, and nothing has been started; or the
-            test split can't be read at the end, and all else is written.
+        InputError: the space, the data, the storage or the run folder is not as it must be, and nothing has been
+            started; or the test split can't be read at the end, and all else is written.
         RunFailed: no trial got as far as a result.
         Interrupted: Ctrl-C.
     """
@@ -152,6 +153,8 @@ def run_space(
     data = load_training_data(space.data)
     _check_channels(space, data)
     weights = _try_weights(space, data)
+    if space.storage is not None:
+        check_storage(space.storage)
     trackers = connect_trackers(space.logging)
     folder = RunFolder(path)
     board = _create_board(space, data, folder, started - read_clock(folder))
@@ -181,10 +184,10 @@ def run_space(
             try:
                 summary = conclude(context, choice)
             except DataError:
-                write_report(folder)
+                _finish(context)
                 raise
             tracking.end_run(summary)
-            write_report(folder)
+            _finish(context)
             return RunResult(folder, summary)
     except KeyboardInterrupt:
         done = f"{path} keeps what is done" if path.exists() else "nothing was begun"
@@ -192,6 +195,13 @@ def run_space(
     finally:
         if path.exists():
             write_clock(folder, board.elapsed)
+
+
+def _finish(context: RunContext) -> None:
+    """Write the report, and copy the run folder to the storage if there is one."""
+    write_report(context.folder)
+    if context.kept is not None:
+        context.kept.keep(context.folder.path)
 
 
 def _check_folder(path: Path, space: Space, resume: bool) -> None:

@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from fmtune.datasets import NAMES
 from fmtune.errors import DataError
-from fmtune.files import File
+from fmtune.files import File, is_url
 
 
 def find_files(source: str) -> list[File]:
@@ -21,7 +21,7 @@ def find_files(source: str) -> list[File]:
     Raises:
         DataError: there are none.
     """
-    if "://" in source:
+    if is_url(source):
         return _find_remote_files(source)
     paths = sorted(glob.glob(source, recursive=True)) if glob.has_magic(source) else [source]
     files = [path for path in paths if os.path.isfile(path)]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -26,6 +27,7 @@ from fmtune.config import (
     nest,
 )
 from fmtune.errors import SpaceError
+from fmtune.files import is_url
 from fmtune.ranges import Interval, Range, is_range, parse_range
 from fmtune.recipes import RECIPES
 
@@ -36,6 +38,8 @@ SECTIONS: dict[str, type[Config]] = {
     "logging": LoggingConfig,
 }
 KEYS = (*SECTIONS, "storage", "baseline", "trial")
+_STORES = ("s3", "gs", "file")
+"""Schemes of the URLs that `storage` takes: those that both pyarrow and Ray write to."""
 """Top-level keys of the file."""
 _WEIGHTS = "expected imagenet, a .safetensors, .pth or .pt file, or an earlier run by its folder or name"
 
@@ -209,8 +213,15 @@ class SpaceReader:
     def _read_storage(self, storage: Any) -> str | None:
         if storage is None:
             return None
-        if not isinstance(storage, str) or "://" in storage:
-            self._add("storage", f"{storage!r}; expected null, or the path of a folder that all nodes share")
+        if not isinstance(storage, str):
+            self._add("storage", f"{storage!r}; expected null, or the path or URL of a folder that all nodes share")
+            return None
+        url = urlsplit(storage) if is_url(storage) else None
+        if url and ("@" in url.netloc or "access_key" in url.query or "secret_key" in url.query):
+            self._add("storage", "credentials in it would be written to the run folder; leave them to the environment")
+            return None
+        if url and url.scheme not in _STORES:
+            self._add("storage", f"{storage!r}; expected a path, or a URL of {', '.join(_STORES)}")
             return None
         return storage
 

@@ -29,6 +29,7 @@ from fmtune.data import TrainingData, to_arrow, weights_folder
 from fmtune.errors import FmtuneError
 from fmtune.model import Pixels, create_model
 from fmtune.pretrained import load_pretrained
+from fmtune.storage import fetch
 from fmtune.training import Distribute, EpochMetrics, Report, Training, TrainingState
 
 _WORKER_DEATHS = 3
@@ -45,7 +46,7 @@ class Task:
         trial: a `TrialConfig` as plain values.
         rows: `train` holds the validation part out; `all` trains on it too, and measures nothing.
         number: the trial's number in the search, None outside it.
-        resume_from: folder of a checkpoint of this trial to go on from.
+        resume_from: path or URL of a checkpoint of this trial to go on from.
     """
 
     name: str
@@ -213,9 +214,14 @@ def create_training(
         None if task.rows == "all" else validation,
         config,
         seed=task.seed,
-        resume_from=load_training(Path(task.resume_from)) if task.resume_from else None,
+        resume_from=_load_state(task.resume_from) if task.resume_from else None,
         distribute=distribute,
     )
+
+
+def _load_state(checkpoint: str) -> dict[str, Any]:
+    with fetch(checkpoint) as folder:
+        return load_training(folder)
 
 
 def _report_to_tune(metrics: EpochMetrics, state: TrainingState) -> None:

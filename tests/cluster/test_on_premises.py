@@ -67,7 +67,7 @@ class Cluster:
         """The address at which each epoch of each trial was trained."""
         return {
             int(path.parent.name): [json.loads(line)["node_ip"] for line in path.read_text().splitlines()]
-            for path in (self.lab.shared / "fmtune" / name / "search").glob("*/result.json")
+            for path in (self.lab.shared / "fmtune" / name / "ray" / "search").glob("*/result.json")
         }
 
 

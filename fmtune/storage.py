@@ -1,0 +1,115 @@
+"""Where Tune keeps its folder and a finished run lands: a folder that nodes share, or a prefix of object storage."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from pyarrow import fs
+
+from fmtune.checkpoint import load_metrics
+from fmtune.errors import InputError
+from fmtune.files import is_url
+from fmtune.training import EpochMetrics
+
+
+class Storage:
+    """A folder by its path or URL, such as `s3://bucket/prefix`; credentials are the environment's.
+
+    A place below it is a string in the same form: a path, or a URL with the query of this one.
+
+    Attributes:
+        place: its own.
+    """
+
+    def __init__(self, place: str) -> None:
+        if is_url(place):
+            self._system, self._path = fs.FileSystem.from_uri(place)
+            self.place = place
+        else:
+            self._system, self._path = fs.LocalFileSystem(), str(Path(place).resolve())
+            self.place = self._path
+
+    def place_of(self, path: str) -> str:
+        """The place of a path in this storage's file system, such as `bucket/prefix/folder`."""
+        if not is_url(self.place):
+            return path
+        host, _, rest = path.partition("/")
+        return urlsplit(self.place)._replace(netloc=host, path=f"/{rest}").geturl()
+
+    def below(self, name: str) -> Storage:
+        """The folder of that name in this one."""
+        return Storage(self.place_of(f"{self._path}/{name}"))
+
+    def count(self, prefix: str) -> int:
+        """Folders in it whose names begin so."""
+        return len(self._folders(prefix))
+
+    def find_checkpoint(self, prefix: str, name: str) -> tuple[str, EpochMetrics] | None:
+        """The newest whole checkpoint of a trial and its epoch's metrics.
+
+        Args:
+            prefix: what the names of the experiments begin with that are looked through.
+            name: the trial's folder in each of them.
+        """
+        found: list[fs.FileInfo] = []
+        for experiment in self._folders(prefix):
+            below = fs.FileSelector(f"{experiment}/{name}", allow_not_found=True, recursive=True)
+            found += [info for info in self._system.get_file_info(below) if _is_of_checkpoint(info.path)]
+        for info in sorted(found, key=lambda info: info.mtime_ns, reverse=True):
+            place = self.place_of(str(PurePosixPath(info.path).parent))
+            with fetch(place) as folder:
+                if (metrics := load_metrics(folder)) is not None:
+                    return place, metrics
+        return None
+
+    def keep(self, folder: Path) -> None:
+        """Copy a folder's files into this one."""
+        fs.copy_files(
+            str(folder.resolve()),
+            self._path,
+            source_filesystem=fs.LocalFileSystem(),
+            destination_filesystem=self._system,
+        )
+
+    def _folders(self, prefix: str) -> list[str]:
+        inside = self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+        return [info.path for info in inside if info.base_name.startswith(prefix) and info.type != fs.FileType.File]
+
+
+def check_storage(place: str) -> None:
+    """Find out whether a place can be written to.
+
+    Raises:
+        InputError: it can't, or there is no such place.
+    """
+    try:
+        system, path = fs.FileSystem.from_uri(place) if is_url(place) else (fs.LocalFileSystem(), place)
+        system.create_dir(path)
+        with system.open_output_stream(f"{path}/.fmtune") as stream:
+            stream.write(b"")
+        system.delete_file(f"{path}/.fmtune")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"storage: {place}: can't be written to ({reason}); mend the place, or the access") from None
+
+
+@contextmanager
+def fetch(place: str) -> Iterator[Path]:
+    """A folder's files on this machine: where they are, or as a copy that is removed again."""
+    if not is_url(place):
+        yield Path(place)
+        return
+    system, path = fs.FileSystem.from_uri(place)
+    with tempfile.TemporaryDirectory() as folder:
+        fs.copy_files(path, folder, source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
+        yield Path(folder)
+
+
+def _is_of_checkpoint(path: str) -> bool:
+    """Whether it is the file of a checkpoint by which that is found."""
+    _, parent, name = ("", *PurePosixPath(path).parts)[-3:]
+    return name == "metrics.json" and parent.startswith("checkpoint_")

@@ -40,8 +40,10 @@ class Batches:
         """Batches of one epoch; one at least, even if it is not full."""
         return max(1, len(self) // batch_size) if drop_last else math.ceil(len(self) / batch_size)
 
-    def shuffled(self, batch_size: int, drop_last: bool, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch in random order: this worker's part of each global batch of at most `batch_size` rows.
+    def shuffled(
+        self, batch_size: int, drop_last: bool, generator: Generator
+    ) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """One epoch in random order: global batches of at most `batch_size` rows, and which of each are this worker's.
 
         The order is the same for every number of workers. With `drop_last` all batches are full; without, every row
         is seen, in batches whose sizes differ by one at most, so that no small last batch upsets batch norm.
@@ -50,9 +52,9 @@ class Batches:
         steps = self.steps(batch_size, drop_last)
         if drop_last:
             order = order[: steps * batch_size]
-        for batch in order.tensor_split(steps):
-            rows = batch.tensor_split(self.workers)[self.rank]
-            yield self.images[rows], self.labels[rows]
+        for rows in order.tensor_split(steps):
+            first, last = (len(rows) * rank // self.workers for rank in (self.rank, self.rank + 1))
+            yield self.images[rows], self.labels[rows], slice(first, last)
 
     def ordered(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This worker's part of the rows in their own order, in batches of `batch_size`."""

@@ -18,6 +18,8 @@ from fmtune.model import STAGES, Preprocess, ResNet
 Precision = Literal["fp32", "bf16", "fp16"]
 _REUSE_BYTES = 2 * 2**30
 """Memory up to which the outputs of frozen stages are kept."""
+ALL = slice(None)
+"""The whole of a batch."""
 _BATCH = 1024
 """Images of one pass through the frozen stages."""
 
@@ -29,21 +31,23 @@ class Feed:
     Attributes:
         train: batches to learn from.
         validation: batches to measure on, if any.
-        prepare: turns a batch into what the network's stage `first` takes, at random with a generator.
+        prepare: turns a part of a batch into what the network's stage `first` takes. With a generator that is random,
+            and what is drawn for an image is the same in every part.
         first: stage of the network that takes it.
     """
 
     train: Batches
     validation: Batches | None
-    prepare: Callable[[Tensor, Generator | None], Tensor]
+    prepare: Callable[[Tensor, Generator | None, slice], Tensor]
     first: int = 0
 
 
 def feed_pixels(train: Batches, validation: Batches | None, preprocess: Preprocess, config: AugmentConfig) -> Feed:
     """uint8 images, augmented where there is a generator, and normalised."""
 
-    def prepare(images: Tensor, draws: Generator | None) -> Tensor:
-        prepared: Tensor = preprocess(images if draws is None else augment(images, config, draws))
+    def prepare(images: Tensor, draws: Generator | None, part: slice) -> Tensor:
+        # Other workers' images are augmented too, which costs little beside a training step.
+        prepared: Tensor = preprocess((images if draws is None else augment(images, config, draws))[part])
         return prepared
 
     return Feed(train, validation, prepare)
@@ -60,14 +64,14 @@ def feed_features(feed: Feed, network: ResNet, config: AugmentConfig, precision:
         return None
     first = len(network.frozen)
     images = feed.train.images
-    example = _pass_frozen(network, feed.prepare(images[:1], None), first, precision)
+    example = _pass_frozen(network, feed.prepare(images[:1], None, ALL), first, precision)
     if example.nbytes * len(images) * views > _REUSE_BYTES:
         return None
     features = example.new_empty(len(images), views, *example.shape[1:])
     for rows in torch.arange(len(images), device=images.device).split(_BATCH):
         for view in range(views):
             batch = images[rows].flip(-1) if view else images[rows]
-            features[rows, view] = _pass_frozen(network, feed.prepare(batch, None), first, precision)
+            features[rows, view] = _pass_frozen(network, feed.prepare(batch, None, ALL), first, precision)
     train = replace(feed.train, images=features)
     validation = None if feed.validation is None else replace(feed.validation, images=features)
     return Feed(train, validation, _pick_view, first)
@@ -80,12 +84,13 @@ def count_views(config: AugmentConfig) -> int | None:
     return 2 if config.flip else 1
 
 
-def _pick_view(features: Tensor, draws: Generator | None) -> Tensor:
-    """One of each image's views (N, V, C, H, W), or its first without a generator."""
+def _pick_view(features: Tensor, draws: Generator | None, part: slice) -> Tensor:
+    """One of each image's views (N, V, C, H, W) in a part of a batch, or its first without a generator."""
     if draws is None or features.shape[1] == 1:
-        return features[:, 0]
+        return features[part, 0]
     rows = torch.arange(len(features), device=features.device)
-    return features[rows, torch.randint(features.shape[1], (len(rows),), generator=draws, device=features.device)]
+    views = torch.randint(features.shape[1], (len(rows),), generator=draws, device=features.device)
+    return features[rows[part], views[part]]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fmtune.config import ModelConfig
 from fmtune.convolution import Conv2d, SubsampledConv2d
+from fmtune.normalization import BatchNorm2d
 
 
 class BasicBlock(nn.Module):
@@ -20,9 +21,9 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, planes: int, stride: int = 1, downsample: nn.Module | None = None) -> None:
         super().__init__()
         self.conv1 = Conv2d(in_channels, planes, 3, stride)
-        self.bn1 = nn.BatchNorm2d(planes)
+        self.bn1 = BatchNorm2d(planes)
         self.conv2 = Conv2d(planes, planes, 3)
-        self.bn2 = nn.BatchNorm2d(planes)
+        self.bn2 = BatchNorm2d(planes)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,11 +44,11 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, planes: int, stride: int = 1, downsample: nn.Module | None = None) -> None:
         super().__init__()
         self.conv1 = Conv2d(in_channels, planes, 1)
-        self.bn1 = nn.BatchNorm2d(planes)
+        self.bn1 = BatchNorm2d(planes)
         self.conv2 = Conv2d(planes, planes, 3, stride)
-        self.bn2 = nn.BatchNorm2d(planes)
+        self.bn2 = BatchNorm2d(planes)
         self.conv3 = Conv2d(planes, planes * self.expansion, 1)
-        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.bn3 = BatchNorm2d(planes * self.expansion)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ class ResNet(nn.Module):
             stride = 2 if config.stem == "half" else 1
             self.conv1 = Conv2d(in_channels, width, 3, stride)
             self.maxpool = nn.Identity()
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = _create_stage(block, width, width, blocks[0], stride=1)
         self.layer2 = _create_stage(block, width * block.expansion, width * 2, blocks[1], stride=2)
@@ -215,7 +216,7 @@ def _create_stage(
     out_channels = planes * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
-        downsample = nn.Sequential(SubsampledConv2d(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+        downsample = nn.Sequential(SubsampledConv2d(in_channels, out_channels, stride), BatchNorm2d(out_channels))
     first = block(in_channels, planes, stride, downsample)
     return nn.Sequential(first, *(block(out_channels, planes) for _ in range(blocks - 1)))
 

@@ -19,7 +19,7 @@ from fmtune.averaging import WeightAverage
 from fmtune.batches import Batches, count_trained
 from fmtune.config import TrialConfig
 from fmtune.errors import NonFiniteLoss
-from fmtune.feed import Feed, Precision, autocast, feed_features, feed_pixels
+from fmtune.feed import ALL, Feed, Precision, autocast, feed_features, feed_pixels
 from fmtune.model import Preprocess, ResNet
 from fmtune.optim import Optimization
 
@@ -248,17 +248,20 @@ class Training:
         state.network.train()
         seed = self._seed * 1_000_003 + state.epoch
         generator = Generator(train.device).manual_seed(seed)
-        draws = Generator(train.device).manual_seed(seed * 1009 + train.rank)
+        # Augmentation is drawn alike by all workers; images are mixed among each worker's own.
+        draws = Generator(train.device).manual_seed(seed * 1009)
+        mixing = Generator(train.device).manual_seed(seed * 1009 + 1 + train.rank)
         # Losses stay on the device: fetching each would make every step wait for it.
         losses = torch.zeros(self._epoch_steps, device=train.device)
         counts = torch.zeros(self._epoch_steps, device=train.device)
-        for step, (images, labels) in enumerate(train.shuffled(config.batch_size, config.drop_last, generator)):
+        for step, (images, labels, part) in enumerate(train.shuffled(config.batch_size, config.drop_last, generator)):
             with autocast(self._precision, train.device):
-                loss = _training_loss(self._forward, feed.prepare(images, draws), labels, config, draws)
+                x, targets = feed.prepare(images, draws, part), labels[part]
+                loss = _training_loss(self._forward, x, targets, config, mixing)
             state.optimization.minimise(loss)
             if state.average is not None:
                 state.average.update(state.network, (state.epoch - 1) * self._epoch_steps + step + 1)
-            losses[step], counts[step] = loss.detach(), len(labels)
+            losses[step], counts[step] = loss.detach(), len(targets)
             if (step + 1) % _LOSS_CHECK_STEPS == 0:
                 _check_finite(losses[: step + 1], state.epoch)
         _check_finite(losses, state.epoch)
@@ -266,17 +269,13 @@ class Training:
         return total / images_seen
 
     def _validate(self, feed: Feed, validation: Batches) -> Evaluation:
-        """Evaluate the network, the same one on all workers.
+        """Evaluate the network, which is the same on all workers, batch norms' statistics included.
 
         Raises:
             NonFiniteLoss: a prediction is NaN or infinite.
         """
         network = self.state.best_network
-        if dist.is_initialized():
-            # Each worker's batch norms have seen rows of its own; rank 0's statistics are the ones that are saved.
-            for buffer in network.buffers():
-                dist.broadcast(buffer, src=0)
-        result = evaluate(network, lambda x: feed.prepare(x, None), validation, self._precision, first=feed.first)
+        result = evaluate(network, lambda x: feed.prepare(x, None, ALL), validation, self._precision, first=feed.first)
         if not math.isfinite(result.loss):
             raise NonFiniteLoss("validation", self.state.epoch, None, result.loss)
         return result

@@ -19,7 +19,9 @@ def _batches(n: int, rank: int = 0, workers: int = 1) -> Batches:
 
 
 def _epoch(batches: Batches, batch_size: int, drop_last: bool, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    return list(batches.shuffled(batch_size, drop_last, Generator().manual_seed(seed)))
+    """This worker's parts."""
+    shuffled = batches.shuffled(batch_size, drop_last, Generator().manual_seed(seed))
+    return [(images[part], labels[part]) for images, labels, part in shuffled]
 
 
 @pytest.mark.parametrize(("n", "batch_size"), SIZES)
@@ -89,7 +91,9 @@ def test_ordered_batches_are_of_the_size_asked_for_but_the_last() -> None:
 def test_order_follows_the_generator() -> None:
     """Same seed, same order; the next epoch of one generator has another order."""
     generator = Generator().manual_seed(3)
-    first, second = (torch.cat([labels for _, labels in _batches(50).shuffled(8, False, generator)]) for _ in range(2))
+    first, second = (
+        torch.cat([labels for _, labels, _ in _batches(50).shuffled(8, False, generator)]) for _ in range(2)
+    )
     again = torch.cat([labels for _, labels in _epoch(_batches(50), 8, drop_last=False, seed=3)])
     assert torch.equal(first, again)
     assert not torch.equal(first, second)

@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 from fmtune import feed
 from fmtune.batches import Batches
 from fmtune.config import AugmentConfig, ModelConfig, OptimConfig, TrialConfig
-from fmtune.feed import count_views, feed_features, feed_pixels
+from fmtune.feed import ALL, count_views, feed_features, feed_pixels
 from fmtune.model import Pixels, Preprocess, ResNet, create_model
 from fmtune.training import EpochMetrics, fit
 
@@ -69,11 +69,25 @@ def test_kept_outputs_of_mirrored_images_are_picked_half_of_the_time() -> None:
     with torch.no_grad():
         images = _batches(400).images
         plain, mirrored = (network.forward_stages(PREPROCESS(x), 0, 2) for x in (images, images.flip(-1)))
-    picked = kept.prepare(kept.train.images, Generator().manual_seed(0))
+    picked = kept.prepare(kept.train.images, Generator().manual_seed(0), ALL)
     is_mirrored = _equal_rows(picked, mirrored)
     assert bool((is_mirrored | _equal_rows(picked, plain)).all())
     assert 150 < int(is_mirrored.sum()) < 250
-    assert bool(_equal_rows(kept.prepare(kept.train.images, None), plain).all())
+    assert bool(_equal_rows(kept.prepare(kept.train.images, None, ALL), plain).all())
+
+
+def test_what_is_drawn_for_an_image_is_the_same_in_every_part() -> None:
+    """So that several workers make of a global batch what one makes of it."""
+    network, images = _network(2), _batches(40).images
+    translated = AugmentConfig(flip=True, translate=2, rotate=10, erase=0.5)
+    kept = feed_features(feed_pixels(_batches(40), None, PREPROCESS, FLIP), network, FLIP, "fp32")
+    assert kept is not None
+    pixels = feed_pixels(_batches(40), None, PREPROCESS, translated)
+    for prepare, batch in ((pixels.prepare, images), (kept.prepare, kept.train.images)):
+        whole, *parts = (
+            prepare(batch, Generator().manual_seed(3), part) for part in (ALL, slice(0, 13), slice(13, 40))
+        )
+        assert torch.equal(whole, torch.cat(parts))
 
 
 def _equal_rows(one: Tensor, other: Tensor) -> Tensor:

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ray.util import placement_group_table
 from tables import sample_rows, write_csv
 
 from fmtune import search
-from fmtune.config import DataConfig, ModelConfig, ResourcesConfig, TrialConfig
+from fmtune.config import AugmentConfig, DataConfig, ModelConfig, ResourcesConfig, TrialConfig
 from fmtune.data import load_training_data
 from fmtune.training import EpochMetrics
-from fmtune.trial import SharedData, Task
+from fmtune.trial import SharedData, Task, create_training
 from fmtune.tuner import TaskRounds, Until, run_trials
 
 RESOURCES = ResourcesConfig(workers=2, cpus=1)
@@ -96,6 +97,20 @@ def test_workers_stay_up_from_trial_to_trial_and_nothing_is_left(shared: SharedD
     assert all(Path(folder).is_dir() for folder in watcher.checkpoints.values())
     assert len(watcher.checkpoints) == 3
     assert all(group["state"] == "REMOVED" for group in placement_group_table().values())
+
+
+@pytest.mark.parametrize("batch_size", [32, 33])
+def test_two_workers_train_as_one_does(batch_size: int, shared: SharedData, tmp_path: Path) -> None:
+    """Same seed, same order, same augmentation, batch norm over the whole batch: the same losses but for rounding."""
+    changes = {"batch_size": batch_size, "precision": "fp32", "augment": AugmentConfig(flip=True, translate=2)}
+    config = CONFIG.model_copy(update=changes)
+    watcher = _Watcher()
+    _run(shared, watcher, tmp_path, [config])
+    task = Task("alone", seed=0, trial=config.model_dump())
+    alone = create_training(task, shared, torch.device("cpu"), rank=0, workers=1, distribute=None)
+    losses = [alone.run_epoch().train_loss for _ in range(config.epochs)]
+    assert watcher.losses["task0"][0] == pytest.approx(losses[0], abs=1e-3)
+    assert watcher.losses["task0"] == pytest.approx(losses, abs=1e-2)
 
 
 def test_a_killed_worker_is_replaced_and_the_training_goes_on_as_if_it_had_lived(

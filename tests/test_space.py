@@ -238,6 +238,21 @@ def test_a_cost_without_a_price_is_refused() -> None:
         Space.load({"search": {"cost": 3.0}, "trial": {}})
 
 
+@pytest.mark.parametrize(
+    ("storage", "words"),
+    [
+        ("s3://key:secret@bucket/x", "credentials in it would be written to the run folder"),
+        ("s3://bucket/x?access_key=key&secret_key=secret", "credentials in it would be written to the run folder"),
+        ("ftp://bucket/x", "expected a path, or a URL of s3, gs, file"),
+        (3, "expected null, or the path or URL of a folder"),
+    ],
+)
+def test_a_storage_that_none_could_write_to_is_refused(storage: object, words: str) -> None:
+    with pytest.raises(SpaceError, match=f"storage: .*{words}") as raised:
+        Space.load({"storage": storage, "trial": {}})
+    assert "secret@" not in str(raised.value) and "=secret" not in str(raised.value)
+
+
 def test_batches_of_an_image_for_each_worker_are_taken() -> None:
     """The lowest size counts, and it is just enough; with one worker any size is."""
     sizes = {"batch_size": {"int": [4, 9]}}

@@ -103,7 +103,7 @@ class SearchConfig(Config):
     metric: Literal["val_accuracy", "val_loss"] = "val_accuracy"
     """What decides: accuracy is maximised, loss minimised."""
     sampler: Literal["tpe", "random", "cmaes", "gp", "grid"] = "tpe"
-    scheduler: Literal["asha", "median", "none"] = "asha"
+    scheduler: Literal["asha", "hyperband", "median", "none"] = "asha"
     """Which trials are stopped before their last epoch."""
     rung: Literal["epochs", "seconds"] = "epochs"
     """What asha compares trials at equal amounts of; with seconds of training a slow network must earn its time."""
@@ -119,8 +119,8 @@ class SearchConfig(Config):
     @model_validator(mode="after")
     def _seconds_need_a_time(self) -> SearchConfig:
         has_limit = self.time is not None or self.cost is not None
-        if self.rung == "seconds" and not (has_limit and self.scheduler == "asha"):
-            raise ValueError("rung: seconds divides the time for asha; set time or cost, and scheduler to asha")
+        if self.rung == "seconds" and not (has_limit and self.scheduler in ("asha", "hyperband")):
+            raise ValueError("rung: seconds divides the time; set time or cost, and scheduler to asha or hyperband")
         return self
 
     @property

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fmtune.board import Flight
 from fmtune.context import RunContext
+from fmtune.probe import count_operations
 from fmtune.room import count_slots, measure_capacity
 from fmtune.run import State, TrialRecord
 from fmtune.timing import Timing
@@ -48,7 +49,14 @@ class Exploration:
         earlier = [record for record in self._records.values() if record.state != "running"]
         interrupted = [record for record in self._records.values() if record.state == "running"]
         tasks = [context.task_of(record) for record in interrupted]
-        searcher = StudySearch(context.space, storage, len(self._records), tasks, self._timing.can_begin)
+        searcher = StudySearch(
+            context.space,
+            storage,
+            len(self._records),
+            tasks,
+            self._timing.can_begin,
+            lambda config: config.epochs * count_operations(config, context.data),
+        )
         self._study = searcher.study
         self._board.capacity = measure_capacity(context.space.resources)
         remaining = context.space.trials - len(earlier)

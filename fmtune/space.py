@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,21 @@ class Space:
                 drawn[key] = searched.suggest(trial, key)
         return drawn
 
-    def planned(self) -> dict[int, dict[str, Scalar]]:
-        """Values that trials are to take before the sampler is asked, by the trial's number and dotted key."""
-        points = self.grid() if self.search.sampler == "grid" else [dict(leaves(one)) for one in self.search.tries]
+    def planned(self, startup: int, cost: Callable[[TrialConfig], float]) -> dict[int, dict[str, Scalar]]:
+        """Values that trials are to take before the sampler is asked, by the trial's number and dotted key.
+
+        Args:
+            startup: random draws after those of `search.try`, the cheapest first: they soon tell something of the
+                space. A grid goes by its own order.
+            cost: of a training.
+        """
+        if self.search.sampler == "grid":
+            points = self.grid()
+        else:
+            draws = _RandomDraws(self.search.seed)
+            drawn = [self.suggest(draws) for _ in range(startup if self.ranges else 0)]
+            points = [dict(leaves(one)) for one in self.search.tries]
+            points += sorted(drawn, key=lambda values: cost(self.trial_config(values)))
         # Trial 0 is the baseline and draws nothing.
         return dict(enumerate(points, start=1))
 
@@ -170,7 +182,7 @@ class Space:
     def samples(self) -> Iterator[TrialConfig]:
         """The baseline and some configurations of the space, the same ones each time."""
         yield self.baseline
-        draws = _RandomDraws()
+        draws = _RandomDraws(0)
         for _ in range(_SAMPLES if self.ranges else 1):
             yield self.trial_config(self.suggest(draws))
 
@@ -186,10 +198,10 @@ class Space:
 
 
 class _RandomDraws:
-    """Independent uniform draws, the same ones each time."""
+    """Independent uniform draws, the same ones for a seed each time."""
 
-    def __init__(self) -> None:
-        self._random = random.Random(0)
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
 
     def suggest_categorical(self, name: str, choices: Sequence[Scalar]) -> Scalar:
         return self._random.choice(choices)

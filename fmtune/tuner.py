@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -32,7 +34,7 @@ CAUSE = "cause"
 _SAMPLER = 1_000_000_000
 """Stands for the sampler where trials have their number, in the derivation of seeds."""
 _STARTUP_TRIALS = 8
-"""Random trials before TPE models what it has seen."""
+"""Random trials before a sampler models what it has seen."""
 _REDUCTION = 3
 """ASHA lets one in this many trials go on at each rung, and its rungs are as many times apart."""
 _FIRST_RUNG_SHARE = 1 / 3
@@ -65,7 +67,8 @@ class _NotStored:
 class StudySearch(_NotStored, OptunaSearch):
     """Ray's OptunaSearch over a `Space`: trial 0 is the baseline, interrupted trials come before fresh ones.
 
-    `has_time` is asked before each trial, and ends the search without ending those in flight.
+    `has_time` is asked before each trial, and ends the search without ending those in flight. `cost` of a training
+    orders the random trials that the sampler starts from.
 
     An Optuna trial ends COMPLETE where it reached its last epoch, PRUNED where it was stopped before, FAIL (by `fail`)
     where it died. The baseline lies outside the ranges and has no parameters. TPE passes over such a trial; CMA-ES and
@@ -79,12 +82,13 @@ class StudySearch(_NotStored, OptunaSearch):
         started: int,
         interrupted: Sequence[Task],
         has_time: Callable[[], bool],
+        cost: Callable[[TrialConfig], float],
     ) -> None:
         super().__init__(
             space=space.suggest,
             metric=space.search.metric,
             mode=space.search.mode,
-            sampler=Planned(space.planned(), create_sampler(space, started)),
+            sampler=Planned(space.planned(_STARTUP_TRIALS, cost), create_sampler(space, started)),
             storage=storage,
             study_name=STUDY,
         )
@@ -266,7 +270,22 @@ class _SparesBaseline(_NotStored, EndsErrors):
 
 
 class Asha(_SparesBaseline, ASHAScheduler):
-    """Asynchronous successive halving (Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
+    """Asynchronous successive halving (Li et al., 2020, https://arxiv.org/abs/1810.05934).
+
+    With several brackets it is the asynchronous Hyperband of the same paper: each one has its first rung where the one
+    before it has its second, and gets the share of the trials that Hyperband gives it (Li et al., 2018,
+    https://arxiv.org/abs/1603.06560).
+    """
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        # Ray draws the bracket anew in each process, and a resumed search would not know which it was.
+        self._trial_info[trial.trial_id] = self._bracket_of(trial.config["number"])
+
+    def _bracket_of(self, number: int) -> Any:
+        last = len(self._brackets) - 1
+        shares = [self._reduction_factor ** (last - i) / (last - i + 1) for i in range(last + 1)]
+        return random.Random(number).choices(self._brackets, shares)[0]
 
     def replay(self, record: TrialRecord, metric: str) -> None:
         """Enter the epochs of an earlier trial into the rungs, as if it had run here."""
@@ -278,7 +297,7 @@ class Asha(_SparesBaseline, ASHAScheduler):
             value = metrics.as_dict()[metric]
             if value is not None:
                 reached: Any = metrics.as_dict()[self._time_attr]
-                self._brackets[0].on_result(stand_in, reached, sign * value)
+                self._bracket_of(record.number).on_result(stand_in, reached, sign * value)
 
 
 class MedianRule(_SparesBaseline, MedianStoppingRule):
@@ -300,8 +319,11 @@ def create_scheduler(space: Space, earlier: Sequence[TrialRecord], slots: int) -
     search = space.search
     options: dict[str, Any] = {"metric": search.metric, "mode": search.mode}
     match search.scheduler:
-        case "asha":
-            scheduler = Asha(**_asha_rungs(space, slots), reduction_factor=_REDUCTION, **options)
+        case "asha" | "hyperband":
+            rungs = _asha_rungs(space, slots)
+            most = 1 + math.floor(math.log(rungs["max_t"] / rungs["grace_period"], _REDUCTION) + 1e-9)
+            brackets = most if search.scheduler == "hyperband" else 1
+            scheduler = Asha(**rungs, reduction_factor=_REDUCTION, brackets=brackets, **options)
             for record in earlier:
                 scheduler.replay(record, search.metric)
             return scheduler

@@ -233,6 +233,23 @@ def test_time_is_bounded_by_what_the_cost_pays_for_too(search: dict[str, Any], l
     assert space.time_limit == limit
 
 
+def test_the_first_random_trials_are_the_cheapest_of_them_first() -> None:
+    """After what is to be tried; the draws are those of the seed, and lie in the ranges."""
+
+    def plan(seed: int) -> dict[int, dict[str, Any]]:
+        search = {"try": [{"epochs": 9}], "seed": seed}
+        space = Space.load({"search": search, "trial": {"epochs": {"int": [1, 9]}, "optim": {"lr": {"log": [0.1, 1]}}}})
+        return space.planned(6, lambda config: config.epochs)
+
+    planned = plan(seed=1)
+    assert list(planned) == [1, 2, 3, 4, 5, 6, 7]
+    assert planned[1] == {"epochs": 9}
+    epochs = [planned[number]["epochs"] for number in range(2, 8)]
+    assert epochs == sorted(epochs) and len(set(epochs)) > 1
+    assert all(0.1 <= planned[number]["optim.lr"] <= 1 for number in range(2, 8))
+    assert plan(seed=1) == planned != plan(seed=2)
+
+
 def test_a_cost_without_a_price_is_refused() -> None:
     with pytest.raises(SpaceError, match=r"search\.cost: what an hour costs is not known; set resources\.price"):
         Space.load({"search": {"cost": 3.0}, "trial": {}})
@@ -282,7 +299,7 @@ def test_starting_weights_may_go_by_the_name_of_a_run(tmp_path: Path) -> None:
     space = Space.load(content, runs=runs)
     assert space.ranges["model.pretrained"].candidates == ("imagenet", one, two)
     assert space.ranges["model.freeze"].when == {"model.pretrained": (two,)}
-    assert space.planned() == {1: {"model.pretrained": two}}
+    assert space.planned(0, lambda config: 0) == {1: {"model.pretrained": two}}
     assert space.baseline.model.pretrained == one
     # As a run keeps it, it needs neither the folder of runs nor this working directory.
     resolved = tmp_path / "space.yaml"

@@ -17,9 +17,14 @@ def _space(**search: Any) -> Space:
     return Space.load({"data": {"train": "sample"}, "search": {"trials": 10} | search, "trial": trial})
 
 
-def _report(scheduler: Asha, number: int, epoch: int, seconds: float, accuracy: float) -> str:
+def _stand_in(number: int) -> Trial:
     trial = Trial("stand-in", trial_id=f"trial-{number}", stub=True)
     trial.config = {"number": number}
+    return trial
+
+
+def _report(scheduler: Asha, number: int, epoch: int, seconds: float, accuracy: float) -> str:
+    trial = _stand_in(number)
     if trial.trial_id not in scheduler._trial_info:
         scheduler.on_trial_add(None, trial)
     result = {"epoch": epoch, "seconds": seconds, "val_accuracy": accuracy}
@@ -77,3 +82,31 @@ def test_rungs_are_rebuilt_from_earlier_trials(rung: str) -> None:
 def test_rungs_of_seconds_need_a_time_and_asha(search: dict[str, Any]) -> None:
     with pytest.raises(SpaceError, match=r"search: .*set time or cost, and scheduler to asha"):
         _space(rung="seconds", **search)
+
+
+def _first_rungs(scheduler: Asha, numbers: range) -> dict[int, float]:
+    """The epoch at which each trial is first held against others."""
+    found = {}
+    for number in numbers:
+        scheduler.on_trial_add(None, _stand_in(number))
+        found[number] = min(milestone for milestone, _ in scheduler._trial_info[f"trial-{number}"]._rungs)
+    return found
+
+
+def test_hyperband_gives_some_trials_a_later_first_rung() -> None:
+    """Of 9 epochs, rungs at 1, 3 and 9: brackets with 3, 1.5 and 1 shares of the trials, by Hyperband's formula."""
+    first = _first_rungs(_create(_space(scheduler="hyperband")), range(1, 1101))
+    counts = [list(first.values()).count(rung) for rung in (1, 3, 9)]
+    assert counts == [pytest.approx(expected, rel=0.15) for expected in (600, 300, 200)]
+    assert first == _first_rungs(_create(_space(scheduler="hyperband")), range(1, 1101)), "a resumed search agrees"
+    assert set(_first_rungs(_create(_space()), range(1, 50)).values()) == {1}
+
+
+def test_hyperband_rebuilds_the_rungs_of_each_bracket() -> None:
+    space = _space(scheduler="hyperband")
+    first = _first_rungs(_create(space), range(1, 100))
+    one, other = [number for number, rung in first.items() if rung == 3][:2]
+    history = [EpochMetrics(epoch, 0.5, 0.5, 0.8, 0.01, 100.0, 4.0 * epoch) for epoch in (1, 2, 3)]
+    scheduler = _create(space, earlier=[TrialRecord(one, space.baseline, {}, "pruned", history)])
+    assert _report(scheduler, other, 1, 4.0, 0.1) == "CONTINUE"
+    assert _report(scheduler, other, 3, 12.0, 0.7) == "STOP"

@@ -154,4 +154,4 @@ class _Worker:
 
     def _distribute(self, network: nn.Module) -> nn.Module:
         devices = [torch.cuda.current_device()] if self._device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(network, device_ids=devices)

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmtune.batches import Batches
 from fmtune.checkpoint import create_preprocess, load_training, save_training
@@ -178,14 +178,9 @@ def _run_worker(config: dict[str, Any]) -> None:
         )
 
 
-def _distribute(network: nn.Module) -> nn.Module:
-    # Batch norms keep the same statistics on all workers by themselves.
-    wrapped: nn.Module = ray.train.torch.prepare_model(network, parallel_strategy_kwargs={"broadcast_buffers": False})
-    return wrapped
-
-
 def _train(task: Task, shared: SharedData, device: torch.device, rank: int, workers: int, report: Report) -> None:
-    training = create_training(task, shared, device, rank, workers, _distribute if workers > 1 else None)
+    distribute = ray.train.torch.prepare_model if workers > 1 else None
+    training = create_training(task, shared, device, rank, workers, distribute)
     while training.state.epoch < task.config.epochs:
         report(training.run_epoch(), training.state)
 

@@ -311,8 +311,9 @@ def test_a_notebooks_own_stdout_gets_the_lines_and_nothing_else(
 ) -> None:
     """What else prints, to the file descriptor too, goes to the file, and nothing to the real screen."""
     with redirect_stdout(io.StringIO()) as shown:
-        with quiet(tmp_path / "log") as console:
-            console.print("trial 0")
+        with quiet() as screen:
+            screen.log_to(tmp_path / "log")
+            screen.console.print("trial 0")
             print("chatter")
             os.write(1, b"noise\n")
         print("afterwards")

@@ -41,6 +41,7 @@ def _work(rank: int, folder: str, momentum: float | None) -> None:
     x, gradient = (tensor[PARTS[rank]] for tensor in _batch())
     found = _train_on(BatchNorm2d(CHANNELS, momentum=momentum), x, gradient)
     torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -26,7 +26,7 @@ from fmtune.training import EpochMetrics
 
 SPACE = """\
 data: {{train: {source}, test: {source}, validation: 0.2}}
-search: {{trials: 2, scheduler: none, finalists: 0}}
+search: {{trials: 2, scheduler: none, finalists: 0, refit: false}}
 storage: {storage}
 baseline: {{epochs: 2, model: {{width: 4, stem: imagenet}}}}
 trial: {{epochs: 2, batch_size: 64, model: {{width: 4, stem: imagenet}}, optim: {{lr: {{log: [0.001, 0.1]}}}}}}
@@ -65,7 +65,8 @@ def bucket() -> Iterator[Bucket]:
     iam.put_user_policy(UserName="tester", PolicyName="all", PolicyDocument=json.dumps(policy))
     made = iam.create_access_key(UserName="tester")["AccessKey"]
     # From here on, requests without a right signature are refused.
-    urllib.request.urlopen(urllib.request.Request(f"{place['endpoint_url']}/moto-api/reset-auth", data=b"0"))
+    switch, kind = f"{place['endpoint_url']}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+    urllib.request.urlopen(urllib.request.Request(switch, data=b"0", headers=kind)).close()
     keys = {"aws_access_key_id": made["AccessKeyId"], "aws_secret_access_key": made["SecretAccessKey"]}
     url = f"s3://results/runs?endpoint_override={host}%3A{port}&scheme=http&region=us-east-1"
     yield Bucket(boto3.client("s3", **place, **keys), url, made["AccessKeyId"], made["SecretAccessKey"])

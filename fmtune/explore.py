@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -38,6 +39,7 @@ class Exploration:
         self._context, self._timing, self._board = context, timing, context.board
         self._records = context.board.records
         self._failures: list[str] = []
+        self._trials = _TrialsFile(context)
         self._study: optuna.Study
 
     def run(self) -> None:
@@ -80,7 +82,7 @@ class Exploration:
     def on_start(self, task: Task) -> None:
         record = self._record_of(task)
         self._board.in_flight[task.name] = Flight(f"trial {record.number}", record.config.epochs, record.last)
-        self._write_trials()
+        self._trials.has_changed()
         self._context.tracking.start_trial(record.number, task.config)
 
     def on_epoch(self, task: Task, metrics: EpochMetrics) -> None:
@@ -108,13 +110,14 @@ class Exploration:
             record.state = "complete" if len(record.history) == record.config.epochs else "pruned"
         self._board.ended.append(record.number)
         self._board.in_flight.pop(task.name, None)
-        self._write_trials()
+        self._trials.has_changed()
         self._context.view.on_end(record)
         self._context.tracking.end_trial(record.number, record.state)
 
     def on_tick(self) -> None:
         self._context.check_interrupt()
         self._timing.save_clock()
+        self._trials.write_if_due()
 
     def _record_of(self, task: Task) -> TrialRecord:
         """The trial's record, made here if it has none: a trial whose process can't be started ends without a start."""
@@ -195,10 +198,30 @@ class Exploration:
             if record.state == "running":
                 record.state = "pruned"
                 self._board.ended.append(record.number)
-        self._write_trials()
+        self._trials.write()
 
-    def _write_trials(self) -> None:
-        self._context.folder.write_trials(self._records.values(), list(self._context.space.ranges))
+
+class _TrialsFile:
+    """Keeps trials.csv up to date, with a twentieth of the time at most: it is written whole each time."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._is_stale = False
+        self._next = 0.0
+
+    def has_changed(self) -> None:
+        self._is_stale = True
+        self.write_if_due()
+
+    def write_if_due(self) -> None:
+        if self._is_stale and time.monotonic() >= self._next:
+            self.write()
+
+    def write(self) -> None:
+        started = time.monotonic()
+        self._context.folder.write_trials(self._context.board.records.values(), list(self._context.space.ranges))
+        ended = time.monotonic()
+        self._is_stale, self._next = False, ended + 19 * (ended - started)
 
 
 def rank(records: Sequence[TrialRecord], metric: str, larger: bool) -> list[TrialRecord]:

@@ -46,6 +46,8 @@ TUTORIAL_BEST = 0.8938
 TARGETS = (TUTORIAL_BEST, 0.92, 0.929)
 DATA = DataConfig(train="fashion-mnist")
 CORES = len(os.sched_getaffinity(0))
+_RAY_ROUNDS = 2
+"""Turns of the trial on Ray and of the bare loop beside it with each seed: their ratio is near 1."""
 STEP_ROWS = 40 * 256
 """Rows that a step is timed over."""
 
@@ -92,13 +94,13 @@ def measure_bare(epochs: int, seed: int, threads: int = CORES) -> dict[str, floa
     return found | {"accuracy": test_accuracy(model)}
 
 
-def measure_ray(epochs: int, seed: int) -> dict[str, float]:
-    """The default configuration as a trial on Ray."""
+def measure_ray(epochs: int, seed: int, workers: int = 1) -> dict[str, float]:
+    """The default configuration as a trial on Ray, by so many workers that share out the cores."""
     # Only here, so that no other measurement pays for Ray's memory.
     from fmtune.trial import SharedData, Task
     from fmtune.tuner import TaskRounds, Until, run_trials
 
-    config, resources = TrialConfig(epochs=epochs), ResourcesConfig(cpus=CORES)
+    config, resources = TrialConfig(epochs=epochs), ResourcesConfig(workers=workers, cpus=CORES / workers)
     watcher = _Watcher()
     with tempfile.TemporaryDirectory() as folder, quiet():
         data = load_training_data(DATA)
@@ -113,6 +115,7 @@ def measure_ray(epochs: int, seed: int) -> dict[str, float]:
                 storage=folder,
                 watcher=watcher,
                 until=Until(lambda: False),
+                pooled=workers > 1,
             )
             weights = load_weights(Path(watcher.checkpoint))
     model = create_trained_model(config, data.pixels, data.classes, data.image_shape, weights)
@@ -231,14 +234,17 @@ def run_tutorial(seed: int) -> list[dict[str, float]]:
 
 def measure_all(seeds: int, epochs: Sequence[int]) -> dict[str, Any]:
     """Everything, by what was measured; a list has an entry a seed."""
-    names = ("tutorial-step", "tutorial-network", "one", "pair", "ray", "tutorial")
+    names = ("tutorial-step", "tutorial-network", "one", "pair", "ray", "alone", "workers", "tutorial")
     found: dict[str, Any] = {name: [] for name in names} | {"bare": {count: [] for count in epochs}}
     for seed in range(seeds):
         found["tutorial-step"].append(run("tutorial-step"))
         found["tutorial-network"].append(run("tutorial-network"))
         found["one"].append(run("threads", threads=CORES))
         found["pair"].append(run("pair"))
-        found["ray"].append(run("ray", epochs=3, seed=seed))
+        for _ in range(_RAY_ROUNDS):
+            found["ray"].append(run("ray", epochs=2, seed=seed))
+            found["alone"].append(run("bare", epochs=2, seed=seed))
+            found["workers"].append(run("ray", epochs=2, seed=seed, workers=CORES))
         for count in epochs:
             found["bare"][count].append(run("bare", epochs=count, seed=seed))
         found["tutorial"].append(run_tutorial(seed))
@@ -259,7 +265,7 @@ def print_table(found: dict[str, Any]) -> None:
     rates = {
         name: of(found[name], "images_per_second") for name in ("tutorial-step", "tutorial-network", "one", "pair")
     }
-    inside, bare = of(found["ray"], "images_per_second"), of(found["bare"][3], "images_per_second")
+    inside, bare, workers = (of(found[name], "images_per_second") for name in ("ray", "alone", "workers"))
     epoch = [epochs[-1]["seconds"] / len(epochs) for epochs in found["tutorial"]]
 
     def ratio(one: Sequence[float], other: Sequence[float]) -> str:
@@ -270,6 +276,7 @@ def print_table(found: dict[str, Any]) -> None:
     print(f"  ratio {ratio(rates['tutorial-network'], rates['tutorial-step'])}")
     print(f"default configuration, images/s: bare   {spread(bare)}")
     print(f"  inside Ray                            {spread(inside)}  ratio {ratio(inside, bare)}")
+    print(f"  by {CORES} workers of one core             {spread(workers)}  ratio to one {ratio(workers, inside)}")
     print(f"one trial of {CORES} threads, images/s          {spread(rates['one'])}")
     print(
         f"two of one thread side by side          {spread(rates['pair'])}  ratio {ratio(rates['pair'], rates['one'])}"
@@ -293,7 +300,7 @@ def print_table(found: dict[str, Any]) -> None:
     tutorial = [epochs[-1]["seconds"] for epochs in found["tutorial"]]
     print(f"the tutorial's script to {TUTORIAL_BEST} or its 20th epoch, s: {spread(tutorial, 0)}")
     memory = {name: max(of(found[name], "memory")) for name in ("tutorial-step", "tutorial-network", "ray")}
-    memory["bare"] = max(of(found["bare"][3], "memory"))
+    memory["bare"] = max(of(found["alone"], "memory"))
     print("peak memory, MiB: " + ", ".join(f"{name} {value:,.0f}" for name, value in memory.items()))
 
 

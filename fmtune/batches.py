@@ -37,8 +37,10 @@ class Batches:
         return self.images.device
 
     def steps(self, batch_size: int, drop_last: bool) -> int:
-        """Batches of one epoch; one at least, even if it is not full."""
-        return max(1, len(self) // batch_size) if drop_last else math.ceil(len(self) / batch_size)
+        """Batches of one epoch, each with a row for every worker; one at least, even if it is not full."""
+        if drop_last:
+            return max(1, len(self) // batch_size)
+        return min(math.ceil(len(self) / batch_size), max(1, len(self) // self.workers))
 
     def shuffled(
         self, batch_size: int, drop_last: bool, generator: Generator

@@ -11,7 +11,7 @@ from typing import Protocol
 from fmtune.board import Board, Flight
 from fmtune.checkpoint import create_trained_model, load_weights
 from fmtune.classifier import TrainedModel
-from fmtune.config import ResourcesConfig
+from fmtune.config import FINALIST_ROUNDS, ResourcesConfig
 from fmtune.context import RunContext
 from fmtune.data import measure_pixels
 from fmtune.explore import rank
@@ -26,8 +26,6 @@ from fmtune.tuner import TaskRounds, Until, run_trials
 
 _REFIT = 0
 """Round of the refit's seed; the finalists' rounds count from 1."""
-_MAX_ROUNDS = 5
-"""Fresh seeds of each finalist at most."""
 _CLEAR_ERRORS = 3
 """Standard errors of a lead from which on retraining would not change who leads."""
 
@@ -106,35 +104,52 @@ class _Rounds:
     ) -> None:
         self.outcomes: dict[str, tuple[Task, _Outcome]] = {}
         self._leaders, self._create_task, self._timing, self._board = leaders, create_task, timing, board
-        self._rounds: list[list[str]] = []
+        self._rounds = 0
 
     def next_round(self) -> Sequence[Task]:
-        number = len(self._rounds) + 1
-        over = number > _MAX_ROUNDS or not self._timing.has_round(self._leaders, is_first=number == 1)
-        if over or stands_out([self._values(found) for found in self.results().values()]):
+        self._rounds += 1
+        leaders = [record for record in self._leaders if not self.failures(record)]
+        over = self._rounds > FINALIST_ROUNDS or not self._timing.has_round(leaders, is_first=self._rounds == 1)
+        # Who is alone has nobody left to be compared with.
+        if over or len(leaders) < 2 or stands_out([self._values(found) for found in self.results().values()]):
             return []
-        tasks = [self._create_task(r, number, f"finalist-{r.number:05d}-{number}") for r in self._leaders]
+        tasks = [self._create_task(record, self._rounds, _task_name(record, self._rounds)) for record in leaders]
         self.outcomes |= {task.name: (task, _Outcome()) for task in tasks}
-        self._rounds.append([task.name for task in tasks])
         return tasks
 
-    def results(self) -> dict[int, list[EpochMetrics]]:
-        """The last epoch of each seed by trial number, of the rounds that all leaders got through; empty without."""
-        whole = [names for names in self._rounds if all(map(self._is_done, names))]
-        # Means over unequal numbers of seeds, of rounds that the time cut short, would not compare.
-        by_leader = zip(*whole, strict=True)
-        return {
-            record.number: [self.outcomes[name][1].history[-1] for name in names]
-            for record, names in zip(self._leaders, by_leader, strict=False)
-        }
+    def failures(self, leader: TrialRecord) -> list[str]:
+        """What a leader's trainings have died of; such a one is out."""
+        return [outcome.cause for outcome in self._outcomes_of(leader) if outcome.cause]
 
-    def _is_done(self, name: str) -> bool:
-        task, outcome = self.outcomes[name]
-        return len(outcome.history) == task.config.epochs
+    def results(self) -> dict[int, list[EpochMetrics]]:
+        """The last epoch of each seed by trial number, of the rounds that all that are not out got through."""
+        ends = {r.number: self._ends_of(r) for r in self._leaders if not self.failures(r)}
+        found: dict[int, list[EpochMetrics]] = {}
+        for of_round in zip(*ends.values(), strict=False):
+            # Means over unequal numbers of seeds, of rounds that the time cut short, would not compare.
+            whole = [end for end in of_round if end is not None]
+            if len(whole) == len(ends):
+                for number, end in zip(ends, whole, strict=True):
+                    found.setdefault(number, []).append(end)
+        return found
+
+    def _outcomes_of(self, leader: TrialRecord) -> list[_Outcome]:
+        """Of a leader's trainings, round by round."""
+        names = (_task_name(leader, number) for number in range(1, self._rounds + 1))
+        return [self.outcomes[name][1] for name in names if name in self.outcomes]
+
+    def _ends_of(self, leader: TrialRecord) -> list[EpochMetrics | None]:
+        """The last epoch of each, None where it did not get there."""
+        histories = (outcome.history for outcome in self._outcomes_of(leader))
+        return [history[-1] if len(history) == leader.config.epochs else None for history in histories]
 
     def _values(self, results: Sequence[EpochMetrics]) -> list[float]:
         values = [result.as_dict()[self._board.metric] or 0.0 for result in results]
         return values if self._board.larger else [-value for value in values]
+
+
+def _task_name(leader: TrialRecord, round_: int) -> str:
+    return f"finalist-{leader.number:05d}-{round_}"
 
 
 def stands_out(values: Sequence[Sequence[float]]) -> bool:
@@ -153,8 +168,8 @@ def stands_out(values: Sequence[Sequence[float]]) -> bool:
 class Chooser:
     """Arrives at a `Choice` within the time that is left."""
 
-    def __init__(self, context: RunContext, timing: Timing, is_local: bool) -> None:
-        self._context, self._timing, self._is_local = context, timing, is_local
+    def __init__(self, context: RunContext, timing: Timing, is_own: bool) -> None:
+        self._context, self._timing, self._is_own = context, timing, is_own
         self._images_trained = 0
 
     def choose(self) -> Choice:
@@ -189,7 +204,10 @@ class Chooser:
             return {}
         context.board.phase = f"retraining {len(leaders)} finalists"
         rounds = _Rounds(leaders, self._fresh_task, self._timing, context.board)
-        self._run(rounds, context.shared, context.space.resources, "finalists", _MAX_ROUNDS * len(leaders), leaders)
+        self._run(rounds, context.shared, context.space.resources, "finalists", FINALIST_ROUNDS * len(leaders), leaders)
+        for record in leaders:
+            for cause in rounds.failures(record):
+                context.view.note(f"trial {record.number} failed from a fresh seed, and is out: {cause}")
         return rounds.results()
 
     def _clear_lead(self, leaders: Sequence[TrialRecord]) -> str | None:
@@ -204,7 +222,7 @@ class Chooser:
         return f"{100 * (first - second):.2f} points, more than {_CLEAR_ERRORS} standard errors of {100 * error:.2f}"
 
     def _pick(self, ranked: Sequence[TrialRecord], finalists: Mapping[int, Sequence[EpochMetrics]]) -> TrialRecord:
-        """The finalist with the best mean, or the leader where there was no retraining."""
+        """The finalist with the best mean, or the leader where no retraining came to an end."""
         if not finalists:
             return ranked[0]
         sign = 1 if self._context.board.larger else -1
@@ -222,7 +240,7 @@ class Chooser:
             return None
         context.board.phase = "refitting on all rows"
         # Nothing else runs now, so the one training gets the whole machine.
-        alone = self._is_local and context.space.resources.workers == 1
+        alone = self._is_own and context.space.resources.workers == 1
         resources = whole_machine(context.space.resources) if alone else context.space.resources
         shared = replace(context.shared, pixels=self._all_pixels())
         task = replace(self._fresh_task(winner, _REFIT, "refit"), rows="all")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,6 +28,8 @@ from pydantic import (
 
 Scalar = bool | int | float | str | None
 """A value of a trial's configuration."""
+FINALIST_ROUNDS = 5
+"""Fresh seeds that each finalist is retrained with at most."""
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -70,12 +73,25 @@ class Config(BaseModel):
     )
 
 
+def has_credentials(place: str) -> bool:
+    """Whether a URL carries a name, a password or a key, which would be written wherever the URL is."""
+    url = urlsplit(place) if "://" in place else None
+    return url is not None and ("@" in url.netloc or "access_key" in url.query or "secret_key" in url.query)
+
+
+def refuse_credentials(source: str) -> str:
+    """Validator of sources."""
+    if has_credentials(source):
+        raise ValueError("credentials in it would be written to the run folder; leave them to the environment")
+    return source
+
+
 class DataConfig(Config):
     """Where the images come from and which of them are held out."""
 
-    train: str = "sample"
+    train: Annotated[str, AfterValidator(refuse_credentials)] = "sample"
     """A data set's name, or a CSV, Parquet or IDX path, glob or URL; `memory:KEY` is what Python gave in memory."""
-    test: str | None = None
+    test: Annotated[str, AfterValidator(refuse_credentials)] | None = None
     """Source of the test split; null takes the name's own, and no test split for files."""
     fallback: str | None = None
     """Name that may stand in when `train` is a name whose data can't be had."""

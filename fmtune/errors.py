@@ -14,6 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def first_line(error: object) -> str:
+    """What an error of a library says first; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class FmtuneError(Exception):
     """Base of every error that fmtune raises on purpose; `lines` are what the user reads."""
 

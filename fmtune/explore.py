@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
 
 from fmtune.board import Flight
+from fmtune.config import TrialConfig
 from fmtune.context import RunContext
 from fmtune.probe import count_operations
 from fmtune.room import count_slots, measure_capacity
@@ -86,7 +87,7 @@ class Exploration:
         self._context.tracking.start_trial(record.number, task.config)
 
     def on_epoch(self, task: Task, metrics: EpochMetrics) -> None:
-        number = _number(task)
+        number = task.trial_number
         record = self._records[number]
         # A resumed trial repeats the epoch whose checkpoint was not yet written.
         record.history = [*(earlier for earlier in record.history if earlier.epoch < metrics.epoch), metrics]
@@ -96,7 +97,7 @@ class Exploration:
         self._context.view.refresh()
 
     def on_checkpoint(self, task: Task, folder: str) -> None:
-        self._records[_number(task)].checkpoint = self._context.storage.place_of(folder)
+        self._records[task.trial_number].checkpoint = self._context.storage.place_of(folder)
 
     def on_end(self, task: Task, cause: str | None) -> None:
         record = self._record_of(task)
@@ -121,26 +122,42 @@ class Exploration:
 
     def _record_of(self, task: Task) -> TrialRecord:
         """The trial's record, made here if it has none: a trial whose process can't be started ends without a start."""
-        number = _number(task)
+        number = task.trial_number
         if number not in self._records:
             self._records[number] = TrialRecord(number, task.config, self._context.space.params_of(task.config))
         return self._records[number]
 
     def _restore(self, storage: optuna.storages.BaseStorage) -> None:
         """Enter the trials of earlier attempts into the board; interrupted ones are `running` there."""
-        space, folder = self._context.space, self._context.folder
-        history = folder.read_history()
-        with suppress(KeyError):  # no study yet
+        history = self._context.folder.read_history()
+        try:
             study = optuna.load_study(study_name=STUDY, storage=storage)
-            for trial in study.get_trials(deepcopy=False):
-                config = space.baseline if trial.number == 0 else space.trial_config(trial.params)
-                record = TrialRecord(trial.number, config, space.params_of(config))
-                record.history = history.get(trial.number, [])
-                self._restore_checkpoint(record)
-                self._restore_state(record, trial, study)
-                self._records[trial.number] = record
-                if record.state != "running":
-                    self._board.ended.append(trial.number)
+        except KeyError:  # no study yet
+            return
+        for trial in study.get_trials(deepcopy=False):
+            config = self._config_of(trial)
+            if config is None:
+                if not trial.state.is_finished():
+                    fail(study, trial.number, "interrupted before it began")
+                continue
+            record = TrialRecord(trial.number, config, self._context.space.params_of(config))
+            record.history = history.get(trial.number, [])
+            self._restore_checkpoint(record)
+            self._restore_state(record, trial, study)
+            self._records[trial.number] = record
+            if record.state != "running":
+                self._board.ended.append(trial.number)
+
+    def _config_of(self, trial: FrozenTrial) -> TrialConfig | None:
+        """None where the driver was killed while the trial's values were drawn: it has some of them, or none."""
+        space = self._context.space
+        if trial.number == 0:
+            return space.baseline
+        try:
+            config = space.trial_config(trial.params)
+        except ValidationError:
+            return None
+        return config if set(space.params_of(config)) == set(trial.params) else None
 
     def _restore_checkpoint(self, record: TrialRecord) -> None:
         """Find the trial's last checkpoint, and in it an epoch that was trained but not yet entered in the history."""
@@ -239,8 +256,3 @@ def rank(records: Sequence[TrialRecord], metric: str, larger: bool) -> list[Tria
 
     usable = [record for record in records if record.state != "failed" and record.last and record.checkpoint]
     return sorted(usable, key=key, reverse=True)
-
-
-def _number(task: Task) -> int:
-    assert task.number is not None
-    return task.number

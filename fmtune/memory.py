@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from fmtune.config import DataConfig
+from fmtune.config import DataConfig, refuse_credentials
 from fmtune.data import keep_table
 from fmtune.errors import DataError
 from fmtune.readers import Layout, Shape, Table, find_label, table_of_arrow
@@ -37,11 +37,19 @@ def place_sources(config: DataConfig, data: Source | None, test: Source | None) 
         table = table_of_memory(data, layout, "data")
         sources["train"], names = keep_table(table), table.names
     elif data is not None:
-        sources["train"] = str(data)
-    if test is not None:
-        is_named = isinstance(test, str | Path)
-        sources["test"] = str(test) if is_named else keep_table(table_of_memory(test, layout, "test", names))
+        sources["train"] = _refuse_credentials(str(data), "data")
+    if isinstance(test, str | Path):
+        sources["test"] = _refuse_credentials(str(test), "test")
+    elif test is not None:
+        sources["test"] = keep_table(table_of_memory(test, layout, "test", names))
     return config.model_copy(update=sources)
+
+
+def _refuse_credentials(source: str, place: str) -> str:
+    try:
+        return refuse_credentials(source)
+    except ValueError as error:
+        raise DataError(f"{place}: {error}") from None
 
 
 def table_of_memory(data: object, layout: Layout, place: str, names: Mapping[int, str] | None = None) -> Table:
@@ -84,7 +92,10 @@ def _split_frame(frame: pd.DataFrame, layout: Layout, place: str) -> tuple[NDArr
         pixels = pa.Table.from_pandas(frame.drop(columns=frame.columns[label]), preserve_index=False)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{place}: {': '.join(map(str, error.args))}; expected pixels from 0 to 255") from None
-    return table_of_arrow(pixels, Layout(None, layout.shape), place).images, frame.iloc[:, label].to_numpy()
+    column = frame.iloc[:, label]
+    if pd.api.types.is_integer_dtype(column) and not column.hasnans:
+        column = column.astype(np.int64)  # pandas' nullable integers would come as objects
+    return table_of_arrow(pixels, Layout(None, layout.shape), place).images, column.to_numpy()
 
 
 def _to_nchw(images: NDArray[Any], shape: Shape | None, place: str) -> NDArray[np.uint8]:

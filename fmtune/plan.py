@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+from fmtune.config import FINALIST_ROUNDS
 from fmtune.data import TrainingData, load_training_data
 from fmtune.model import count_parameters, create_model
 from fmtune.probe import count_full_trainings, probe_space
@@ -56,6 +58,8 @@ def _describe(space: Space, data: TrainingData, path: Path) -> list[tuple[str, s
 
 def _describe_probes(space: Space, data: TrainingData) -> list[tuple[str, str]]:
     """What the cheapest and the dearest configuration would take, from a few steps of each."""
+    if space.resources.gpus and not torch.cuda.is_available():
+        return [("speed", "not tried: trials want a GPU, and there is none here")]
     slots = _count_slots(space)
     probes, memory = probe_space(space, data, threads=max(1, (os.cpu_count() or 1) // slots))
     names = ["cheapest", "dearest"] if len(probes) > 1 else ["training"]
@@ -70,13 +74,18 @@ def _describe_probes(space: Space, data: TrainingData) -> list[tuple[str, str]]:
     if not space.time_limit and space.resources.price is not None:
         hours = space.trials * probes[-1].seconds / slots / 3600
         lines.append(("cost", f"{hours * space.resources.price:.2f} at most, if no trial stops early"))
-    disk = space.trials * max(probe.checkpoint_bytes for probe in probes)
+    # Each trial, each seed of a finalist and the refit keep one.
+    checkpoints = space.trials + FINALIST_ROUNDS * space.search.finalists + space.search.refit
+    disk = checkpoints * max(probe.checkpoint_bytes for probe in probes)
     lines.append(("memory", f"{memory / 2**20:,.0f} MiB in each trial's process, as in this one"))
     lines.append(("disk", f"{disk / 2**20:,.0f} MiB of checkpoints at most"))
     return lines
 
 
 def _count_slots(space: Space) -> int:
-    """Trials that fit side by side on the CPUs here; one at least."""
-    wanted = space.resources.workers * (space.resources.cpus or 1)
-    return 1 if space.is_single else max(1, int((os.cpu_count() or 1) / wanted))
+    """Trials that fit side by side on the CPUs and GPUs here; one at least."""
+    resources = space.resources
+    slots = (os.cpu_count() or 1) / (resources.workers * (resources.cpus or 1))
+    if resources.gpus:
+        slots = min(slots, torch.cuda.device_count() / (resources.workers * resources.gpus))
+    return 1 if space.is_single else max(1, int(slots + 1e-9))

@@ -14,13 +14,14 @@ import ray
 import torch
 import torch.distributed as dist
 from ray import tune
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fmtune.checkpoint import save_training
 from fmtune.config import ResourcesConfig
+from fmtune.errors import FmtuneError
 from fmtune.failures import DEATHS
 from fmtune.training import EpochMetrics, Training
 from fmtune.trial import SharedData, Task, create_training, set_threads, worker_resources
@@ -57,7 +58,10 @@ class PooledTrial(tune.Trainable):
             try:
                 metrics, self._files = self._run_epoch()
                 break
-            except RayActorError as error:
+            except RayError as error:
+                if isinstance(error, RayTaskError) and isinstance(error.cause, FmtuneError):
+                    raise
+                # A worker's death shows in the others too: what they wait for with it breaks off.
                 self._deaths += 1
                 self.cleanup()
                 if self._deaths > DEATHS:

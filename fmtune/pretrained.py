@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fmtune.config import ModelConfig
-from fmtune.errors import InputError, RunFolderError
+from fmtune.errors import InputError, RunFolderError, first_line
 from fmtune.model import Pixels, ResNet
 
 _KEY = "trial.model.pretrained"
@@ -160,7 +160,7 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
             "expected what torch.save(network.state_dict(), ...) writes"
         ) from None
     except _DAMAGES as error:
-        raise InputError(f"{path}: can't be read ({_first_line(error)}); copy or download it again") from None
+        raise InputError(f"{path}: can't be read ({first_line(error)}); copy or download it again") from None
     return _check_weights(weights, path)
 
 
@@ -192,16 +192,11 @@ def _fetch_published(depth: int, cache: Path) -> tuple[str, Mapping[str, Tensor]
         # What fails on the way from the network, by its hash too, is not kept.
         if path.exists():
             raise InputError(f"{path}: damaged, or no file of tensors; delete it and try again") from None
-        reason = _first_line(error.reason if isinstance(error, URLError) else error)
+        reason = first_line(error.reason if isinstance(error, URLError) else error)
         raise InputError(
             f"{_KEY}: can't fetch {published.url} ({reason}); download it elsewhere and put it at {path}"
         ) from None
     return f"imagenet ({path.name})", _check_weights(weights, path)
-
-
-def _first_line(reason: object) -> str:
-    """Torch explains at length, or not at all."""
-    return str(reason).partition("\n")[0] or type(reason).__name__
 
 
 def _fill(network: ResNet, config: ModelConfig, weights: Mapping[str, Tensor], place: str) -> LoadReport:

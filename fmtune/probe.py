@@ -22,7 +22,7 @@ _STEPS = 8
 _FORWARD_SHARE = 1 / 3
 """Share of a training step's time that evaluating its images takes: no backward pass."""
 _STATE_COPIES = 3
-"""Weights in a checkpoint: the network's, and up to two moments of the optimizer."""
+"""Weights in a checkpoint: the network's, and up to two moments of the optimizer; a mean of weights is one more."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def _try(config: TrialConfig, data: TrainingData, resources: ResourcesConfig) ->
     training.run_epoch()
     rate = training.run_epoch().images_per_second * resources.workers
     seconds = (len(data.train_rows) + _FORWARD_SHARE * len(data.validation_rows)) / rate
-    return Probe(config, seconds, _STATE_COPIES * 4 * count_parameters(network))
+    copies = _STATE_COPIES + (config.optim.average != "none")
+    return Probe(config, seconds, copies * 4 * count_parameters(network))
 
 
 def count_full_trainings(probes: Sequence[Probe], seconds: float, slots: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ def check_room(resources: ResourcesConfig, has_shared_storage: bool, can_grow: b
     """
     if can_grow:
         return
-    if len(ray.nodes()) > 1:
+    if _count_nodes() > 1:
         if not has_shared_storage:
             raise InputError("storage: null; several nodes need the path of a folder that all of them share")
         return
@@ -40,7 +40,7 @@ def count_slots(resources: ResourcesConfig) -> int:
 
 def whole_machine(resources: ResourcesConfig) -> ResourcesConfig:
     """The same workers with all CPUs of the machine shared out among them; as given on a cluster of several."""
-    if len(ray.nodes()) > 1:
+    if _count_nodes() > 1:
         return resources
     cpus = ray.cluster_resources()["CPU"] / resources.workers
     return resources.model_copy(update={"cpus": cpus})
@@ -51,3 +51,8 @@ def measure_capacity(resources: ResourcesConfig) -> Capacity:
     kind = "GPU" if resources.gpus else "CPU"
     total: float = ray.cluster_resources().get(kind, 0.0)
     return Capacity(f"{kind}s", total, resources.workers * worker_resources(resources)[kind])
+
+
+def _count_nodes() -> int:
+    """Nodes that are there; Ray lists those that have gone too."""
+    return sum(node["Alive"] for node in ray.nodes())

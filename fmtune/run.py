@@ -37,7 +37,7 @@ class TrialRecord:
         params: the searched values among that, by dotted key.
         state: pruned ones were stopped before their last epoch.
         history: metrics of each epoch so far.
-        checkpoint: folder of the last epoch's training state.
+        checkpoint: path or URL of the last epoch's training state.
         cause: why it failed.
     """
 

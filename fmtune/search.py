@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from fmtune.board import Board
 from fmtune.choice import Choice, Chooser
 from fmtune.context import RunContext
 from fmtune.data import TrainingData, load_training_data, weights_folder
-from fmtune.errors import DataError, FmtuneError, RunFailed, RunFolderError, SpaceError
+from fmtune.errors import DataError, FmtuneError, InputError, RunFailed, RunFolderError, SpaceError, first_line
 from fmtune.explore import Exploration, rank
 from fmtune.memory import Source, place_sources
 from fmtune.model import create_model
@@ -24,7 +26,7 @@ from fmtune.room import check_room, count_slots, whole_machine
 from fmtune.run import RunFolder
 from fmtune.session import interruptible, quiet, ray_session
 from fmtune.space import Space
-from fmtune.storage import check_storage
+from fmtune.storage import Storage, check_storage
 from fmtune.summary import conclude
 from fmtune.timing import Timing, read_clock, write_clock
 from fmtune.trackers import connect_trackers, track
@@ -32,6 +34,8 @@ from fmtune.trial import SharedData
 from fmtune.view import create_view
 
 SpaceSource = Space | str | Path | Mapping[str, Any]
+_KEPT_PARTS = {"data": "data", "baseline": "baseline", "fixed": "trial", "ranges": "trial", "storage": "storage"}
+"""What of a space a resumed run must leave as it was, and the section of the YAML that says it."""
 
 
 class Interrupted(FmtuneError):
@@ -150,12 +154,14 @@ def run_space(
     """Run a resolved space into the folder `path`; arguments and errors are those of `search`."""
     started = time.monotonic() if started is None else started
     _check_folder(path, space, resume)
+    if space.storage is not None:
+        _check_storage(space.storage, path)
     data = load_training_data(space.data)
     _check_channels(space, data)
     weights = _try_weights(space, data)
-    if space.storage is not None:
-        check_storage(space.storage)
     trackers = connect_trackers(space.logging)
+    # A Ray that somebody else uses too has no room to take whole.
+    is_own = address is None and not ray.is_initialized()
     folder = RunFolder(path)
     board = _create_board(space, data, folder, started - read_clock(folder))
     try:
@@ -175,19 +181,18 @@ def run_space(
                 RunFolder.create(path, space.to_yaml())
                 screen.log_to(folder.log)
                 tracking = stack.enter_context(track(trackers, folder, view.note))
-                if space.is_single and space.resources.cpus is None and address is None:
+                if space.is_single and space.resources.cpus is None and is_own:
                     space = replace(space, resources=whole_machine(space.resources))
                 context = RunContext(space, data, SharedData.of(data), folder, board, view, tracking, check, can_grow)
                 timing = Timing(space, folder, board, _rows_ratio(data), lambda: count_slots(space.resources))
-                choice = _choose(context, timing, address is None)
+                choice = _choose(context, timing, is_own)
             board.phase = "measuring on the test split"
             try:
                 summary = conclude(context, choice)
             except DataError:
-                _finish(context)
+                _finish(context, folder.read_summary())
                 raise
-            tracking.end_run(summary)
-            _finish(context)
+            _finish(context, summary)
             return RunResult(folder, summary)
     except KeyboardInterrupt:
         done = f"{path} keeps what is done" if path.exists() else "nothing was begun"
@@ -197,11 +202,32 @@ def run_space(
             write_clock(folder, board.elapsed)
 
 
-def _finish(context: RunContext) -> None:
-    """Write the report, and copy the run folder to the storage if there is one."""
+def _finish(context: RunContext, summary: dict[str, Any]) -> None:
+    """Tell the trackers, write the report, and copy the run folder to the storage if there is one.
+
+    Raises:
+        RunFailed: the storage can't be written to any more.
+    """
+    context.tracking.end_run(summary)
     write_report(context.folder)
     if context.kept is not None:
-        context.kept.keep(context.folder.path)
+        try:
+            context.kept.keep(context.folder.path)
+        except OSError as error:
+            raise RunFailed(
+                f"storage: {context.kept.place}: {first_line(error)}",
+                f"the run is whole in {context.folder.path}; mend the access, and copy it there",
+            ) from None
+
+
+def _check_storage(storage: str, path: Path) -> None:
+    """Refuse a storage that can't be written to, or where another run of this name has left its trials.
+
+    A new run must not take the checkpoints of another for its own.
+    """
+    check_storage(storage)
+    if not path.exists() and not Storage(storage).below(path.name).is_empty():
+        raise InputError(f"storage: {storage}: holds a run {path.name} already; choose another --name")
 
 
 def _check_folder(path: Path, space: Space, resume: bool) -> None:
@@ -213,11 +239,11 @@ def _check_folder(path: Path, space: Space, resume: bool) -> None:
     earlier = Space.load(RunFolder.open(path).space)
     if earlier.search.metric != space.search.metric:
         raise RunFolderError(f"{path}: --resume with another search.metric; its space.yaml has {earlier.search.metric}")
-    for part, name in (("data", "data"), ("baseline", "baseline"), ("fixed", "trial"), ("ranges", "trial")):
+    for part, name in _KEPT_PARTS.items():
         if getattr(earlier, part) != getattr(space, part):
             raise RunFolderError(
-                f"{path}: --resume with another `{name}` than in its space.yaml; only search, resources, logging and "
-                "storage may change"
+                f"{path}: --resume with another `{name}` than in its space.yaml; only search, resources and logging "
+                "may change"
             )
 
 
@@ -248,7 +274,7 @@ def _try_weights(space: Space, data: TrainingData) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _choose(context: RunContext, timing: Timing, is_local: bool) -> Choice:
+def _choose(context: RunContext, timing: Timing, is_own: bool) -> Choice:
     Exploration(context, timing).run()
     records = list(context.board.records.values())
     if not rank(records, context.board.metric, context.board.larger):
@@ -259,7 +285,7 @@ def _choose(context: RunContext, timing: Timing, is_local: bool) -> Choice:
             f"what Ray said is in {context.folder.log}, and what the trials' processes said in Ray's session folder; "
             "mend the cause, and go on with --resume or another --name",
         )
-    return Chooser(context, timing, is_local).choose()
+    return Chooser(context, timing, is_own).choose()
 
 
 def _create_board(space: Space, data: TrainingData, folder: RunFolder, started: float) -> Board:

@@ -38,7 +38,7 @@ class Space:
 
     Attributes:
         data, search, resources, logging: the sections of the YAML.
-        storage: where Tune keeps its own folder; None is inside the run folder.
+        storage: where Tune's own folder and the finished run folder are kept; None leaves both in the run folder.
         baseline: the configuration of trial 0.
         fixed: the trial's values that are not searched, by dotted key, defaults included.
         ranges: those that are, by dotted key, each after the ones that its `when` names.

@@ -24,9 +24,10 @@ from fmtune.config import (
     SearchConfig,
     TrialConfig,
     flatten,
+    has_credentials,
     nest,
 )
-from fmtune.errors import SpaceError
+from fmtune.errors import SpaceError, first_line
 from fmtune.files import is_url
 from fmtune.ranges import Interval, Range, is_range, parse_range
 from fmtune.recipes import RECIPES
@@ -38,9 +39,9 @@ SECTIONS: dict[str, type[Config]] = {
     "logging": LoggingConfig,
 }
 KEYS = (*SECTIONS, "storage", "baseline", "trial")
+"""Top-level keys of the file."""
 _STORES = ("s3", "gs", "file")
 """Schemes of the URLs that `storage` takes: those that both pyarrow and Ray write to."""
-"""Top-level keys of the file."""
 _WEIGHTS = "expected imagenet, a .safetensors, .pth or .pt file, or an earlier run by its folder or name"
 
 
@@ -75,9 +76,9 @@ class Document:
         except MarkedYAMLError as error:
             mark = error.problem_mark
             line = f":{mark.line + 1}" if mark else ""
-            raise SpaceError(f"{path}{line}: not valid YAML: {_first_line(error.problem or str(error))}") from None
+            raise SpaceError(f"{path}{line}: not valid YAML: {first_line(error.problem or error)}") from None
         except YAMLError as error:
-            raise SpaceError(f"{path}: not valid YAML: {_first_line(str(error))}") from None
+            raise SpaceError(f"{path}: not valid YAML: {first_line(error)}") from None
         if not isinstance(content, CommentedMap):
             raise SpaceError(f"{path}: expected a mapping with keys {', '.join(KEYS)}")
         return cls(_plain(content), str(path), dict(_lines_of(content)))
@@ -95,7 +96,7 @@ class Document:
         try:
             value = _plain(YAML(typ="safe").load(io.StringIO(text)))
         except YAMLError as error:
-            raise SpaceError(f"{place}: not valid YAML: {_first_line(str(error))}") from None
+            raise SpaceError(f"{place}: not valid YAML: {first_line(error)}") from None
         self.replace(key, value, place)
 
     def replace(self, key: str, value: Any, place: str) -> None:
@@ -216,11 +217,10 @@ class SpaceReader:
         if not isinstance(storage, str):
             self._add("storage", f"{storage!r}; expected null, or the path or URL of a folder that all nodes share")
             return None
-        url = urlsplit(storage) if is_url(storage) else None
-        if url and ("@" in url.netloc or "access_key" in url.query or "secret_key" in url.query):
+        if has_credentials(storage):
             self._add("storage", "credentials in it would be written to the run folder; leave them to the environment")
             return None
-        if url and url.scheme not in _STORES:
+        if is_url(storage) and urlsplit(storage).scheme not in _STORES:
             self._add("storage", f"{storage!r}; expected a path, or a URL of {', '.join(_STORES)}")
             return None
         return storage
@@ -407,7 +407,3 @@ def _plain(value: Any) -> Any:
         if isinstance(value, kind):
             return kind(value)
     return value
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0]

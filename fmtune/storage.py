@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pyarrow import fs
 
 from fmtune.checkpoint import load_metrics
-from fmtune.errors import InputError
+from fmtune.errors import InputError, first_line
 from fmtune.files import is_url
 from fmtune.training import EpochMetrics
 
@@ -43,6 +43,10 @@ class Storage:
     def below(self, name: str) -> Storage:
         """The folder of that name in this one."""
         return Storage(self.place_of(f"{self._path}/{name}"))
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing in it, or no such folder."""
+        return not self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
 
     def count(self, prefix: str) -> int:
         """Folders in it whose names begin so."""
@@ -93,7 +97,7 @@ def check_storage(place: str) -> None:
             stream.write(b"")
         system.delete_file(f"{path}/.fmtune")
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"storage: {place}: can't be written to ({reason}); mend the place, or the access") from None
 
 

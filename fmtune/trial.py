@@ -27,13 +27,11 @@ from fmtune.checkpoint import create_preprocess, load_training, save_training
 from fmtune.config import ResourcesConfig, TrialConfig
 from fmtune.data import TrainingData, to_arrow, weights_folder
 from fmtune.errors import FmtuneError
+from fmtune.failures import DEATHS
 from fmtune.model import Pixels, create_model
 from fmtune.pretrained import load_pretrained
 from fmtune.storage import fetch
 from fmtune.training import Distribute, EpochMetrics, Report, Training, TrainingState
-
-_WORKER_DEATHS = 3
-"""Deaths of workers after which a DDP trial is given up."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,12 @@ class Task:
     @property
     def config(self) -> TrialConfig:
         return TrialConfig.model_validate(self.trial)
+
+    @property
+    def trial_number(self) -> int:
+        """`number` of a trial of the search."""
+        assert self.number is not None
+        return self.number
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -141,7 +145,7 @@ def _run_distributed(task: Task, data: SharedData, resources: ResourcesConfig) -
             callbacks=[TuneReportCallback(), _GivesUp()],  # type: ignore[list-item]
             # Tune hears of a checkpoint a report later than Train, and may end the trial on the one before.
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            failure_config=ray.train.FailureConfig(max_failures=_WORKER_DEATHS),
+            failure_config=ray.train.FailureConfig(max_failures=DEATHS),
         ),
     )
     try:

@@ -109,7 +109,7 @@ class StudySearch(_NotStored, OptunaSearch):
             return Searcher.FINISHED  # type: ignore[return-value]
         if self._interrupted:
             task = self._interrupted.pop(0)
-            stored = self.study.get_trials(deepcopy=False)[_number(task)]
+            stored = self.study.get_trials(deepcopy=False)[task.trial_number]
             self._ot_trials[trial_id] = optuna.trial.Trial(self.study, stored._trial_id)
         else:
             asked = self.study.ask()
@@ -343,7 +343,7 @@ def _asha_rungs(space: Space, slots: int) -> dict[str, Any]:
     if search.rung == "epochs":
         return {"time_attr": "epoch", "grace_period": 1, "max_t": max_epochs(space)}
     assert space.time_limit is not None
-    first = _FIRST_RUNG_SHARE * space.time_limit * slots / search.trials
+    first = _FIRST_RUNG_SHARE * space.time_limit * min(1.0, slots / search.trials)
     return {"time_attr": "seconds", "grace_period": first, "max_t": space.time_limit, "stop_last_trials": False}
 
 
@@ -472,8 +472,3 @@ def _create_trainable(shared: SharedData, resources: ResourcesConfig, pooled: bo
     if pooled:
         amounts = tune.PlacementGroupFactory([{"CPU": 0.0}, *[worker_resources(resources)] * resources.workers])
     return tune.with_resources(tune.with_parameters(trainable, data=shared, resources=resources), amounts)
-
-
-def _number(task: Task) -> int:
-    assert task.number is not None
-    return task.number

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -30,11 +28,3 @@ def ray_cluster() -> Iterator[None]:
     with ray_session(ResourcesConfig(), None):
         yield
     assert not ray.is_initialized()
-
-
-@pytest.fixture(scope="session")
-def full_fashion_mnist() -> Path:
-    """Folder of the full data set's IDX files."""
-    if not DEBIAN.exists():
-        pytest.skip("needs Debian's package dataset-fashion-mnist: apt-get install -y dataset-fashion-mnist")
-    return DEBIAN

@@ -73,7 +73,8 @@ def test_a_frame_is_read_as_the_csv_that_it_makes(tmp_path: Path) -> None:
     expected = load_split(DataConfig(train=str(write_csv(tmp_path / "t.csv", table))), "train").table
     frame = _frame(table)
     moved = frame.astype("int64")[[*frame.columns[1:], "label"]]
-    for given, label in ((frame, "label"), (moved, "label"), (moved, -1)):
+    nullable = frame.convert_dtypes()
+    for given, label in ((frame, "label"), (moved, "label"), (moved, -1), (nullable, "label")):
         read = table_of_memory(given, Layout(label), "data")
         assert np.array_equal(read.images, expected.images)
         assert np.array_equal(read.labels, expected.labels)

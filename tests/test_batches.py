@@ -78,6 +78,16 @@ def test_workers_parts_make_up_the_batches_of_one_worker_in_order(workers: int, 
         assert torch.equal(torch.cat([part[step][1] for part in parts]), labels)
 
 
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_every_worker_has_a_row_of_every_batch(workers: int) -> None:
+    """Of batches as small as there are workers, however many rows there are: batch norm needs something of each."""
+    for n in range(workers, 6 * workers):
+        for rank in range(workers):
+            parts = _epoch(_batches(n, rank, workers), workers, drop_last=False)
+            assert all(len(labels) > 0 for _, labels in parts)
+            assert len(parts) == _batches(n, rank, workers).steps(workers, drop_last=False)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_ordered_covers_the_rows_once_in_their_own_order(workers: int) -> None:
     seen = [labels for rank in range(workers) for _, labels in _batches(7, rank, workers).ordered(2)]

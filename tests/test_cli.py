@@ -198,6 +198,12 @@ def test_a_dry_run_starts_nothing(folder: Path, capsys: pytest.CaptureFixture[st
     assert not (folder / "dry").exists()
 
 
+def test_a_dry_run_without_the_gpu_that_trials_want_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--runs", folder / "dry", "--dry-run", "--set", "resources.gpus=1"]
+    assert _main("search", folder / "tiny.yaml", *options) == 0
+    assert "speed      not tried: trials want a GPU, and there is none here" in capsys.readouterr().out
+
+
 def test_a_dry_run_tells_cheap_from_dear(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A network of 32 times the width takes longer; what an hour costs bounds the time."""
     options = ["--set", "trial.model.width={choice: [4, 128]}", "--set", "search.cost=1", "--set", "resources.price=60"]

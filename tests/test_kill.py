@@ -14,6 +14,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def _read_rows(folder: RunFolder) -> list[tuple[int, int]]:
         return [(int(row["trial"]), int(row["epoch"])) for row in csv.DictReader(file) if all(row.values())]
 
 
+def _wait_for_rows(folder: RunFolder, process: subprocess.Popen[str]) -> None:
+    """Wait until an epoch has been told, or the search is over."""
+    before = len(_read_rows(folder))
+    while len(_read_rows(folder)) == before and process.poll() is None:
+        time.sleep(0.05)
+
+
 def _search_with_kills(space: Path, runs: Path, kills: int, draws: random.Random) -> int:
     """Run a search to its end, killed up to so many times; returns how often it was."""
     folder, killed = RunFolder(runs / space.stem), 0
@@ -52,8 +60,10 @@ def _search_with_kills(space: Path, runs: Path, kills: int, draws: random.Random
         before = Counter(_read_rows(folder))
         process = _start(space, runs)
         try:
-            # A Ray takes seconds to start, so the moments range from before its start to after the last trial.
-            process.wait(timeout=draws.uniform(2, 16) if killed < kills else 300)
+            if killed < kills and draws.random() < 0.8:
+                _wait_for_rows(folder, process)
+            # From before the start of Ray, or from the first epoch of this attempt, to after the last trial.
+            process.wait(timeout=draws.uniform(0, 6) if killed < kills else 300)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             killed += 1

@@ -7,6 +7,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -120,14 +121,23 @@ def test_two_workers_train_as_one_does(shared: SharedData, tmp_path: Path) -> No
     assert watcher.losses["task0"] == pytest.approx(losses, abs=1e-2)
 
 
+@pytest.mark.parametrize("is_training", [False, True])
 def test_a_killed_worker_is_replaced_and_the_training_goes_on_as_if_it_had_lived(
-    shared: SharedData, tmp_path: Path
+    is_training: bool, shared: SharedData, tmp_path: Path
 ) -> None:
-    """The same losses as without a kill: the epoch is done again from the checkpoint before it."""
+    """The same losses as without a kill: the epoch is done again from the checkpoint before it.
+
+    Between epochs the first worker dies; within one it is the last, and its death shows in the first one's error.
+    """
 
     def kill(task: Task, metrics: EpochMetrics) -> None:
-        if metrics.epoch == 1:
-            os.kill(min(_find_workers()), signal.SIGKILL)
+        if metrics.epoch != 1:
+            return
+        pids = sorted(_find_workers())
+        if is_training:
+            Timer(0.1, os.kill, (pids[-1], signal.SIGKILL)).start()
+        else:
+            os.kill(pids[0], signal.SIGKILL)
 
     undisturbed, disturbed = _Watcher(), _Watcher(kill)
     _run(shared, undisturbed, tmp_path / "undisturbed", [CONFIG])

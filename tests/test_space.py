@@ -270,6 +270,13 @@ def test_a_storage_that_none_could_write_to_is_refused(storage: object, words: s
     assert "secret@" not in str(raised.value) and "=secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize("key", ["train", "test"])
+def test_sources_with_credentials_are_refused(key: str) -> None:
+    with pytest.raises(SpaceError, match=rf"data\.{key}: .*credentials in it would be written") as raised:
+        Space.load({"data": {key: "s3://key:secret@bucket/x.csv"}, "trial": {}})
+    assert "secret" not in str(raised.value)
+
+
 def test_batches_of_an_image_for_each_worker_are_taken() -> None:
     """The lowest size counts, and it is just enough; with one worker any size is."""
     sizes = {"batch_size": {"int": [4, 9]}}

@@ -107,6 +107,14 @@ def test_a_run_lands_in_the_bucket_and_goes_on_from_there(bucket: Bucket, space:
     assert summary["trials"] == {"complete": 3, "pruned": 0, "failed": 0}
     with (runs / "one" / "history.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 3 * 2, "no trial is trained again"
+    for arguments, problem in [
+        (("--runs", space.parent / "new"), "holds a run one already; choose another --name"),
+        (("--runs", runs, "--resume", "--set", "storage=null"), "--resume with another `storage` than in its"),
+    ]:
+        refused = _fmtune(bucket, "search", space, *arguments)
+        assert refused.returncode == 2
+        assert problem in refused.stderr
+    assert not (space.parent / "new").exists()
     assert len(load(runs / "one").classes) == 10
     kept = [path.read_bytes() for path in runs.rglob("*") if path.is_file()]
     assert not [

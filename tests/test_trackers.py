@@ -8,12 +8,14 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from tables import sample_rows
 
+import fmtune.trackers
 from fmtune import search
 from fmtune.config import LoggingConfig, TrialConfig, flatten
 from fmtune.errors import InputError, SpaceError
@@ -61,7 +63,10 @@ class _Runs(ModuleType):
         return settings
 
     def init(self, **options: Any) -> _Run:
-        return self.runs.setdefault(options["id"], _Run(options))
+        run = self.runs.setdefault(options["id"], _Run(options))
+        assert not run.is_open, "an open run must not be opened again"
+        run.is_open = True
+        return run
 
 
 class _Run:
@@ -70,12 +75,13 @@ class _Run:
         self.rows: dict[int, dict[str, float]] = {}
         self.summary: dict[str, Any] = {}
         self.exit_code: int | None = None
+        self.is_open = False
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.rows[step] = values
 
     def finish(self, exit_code: int = 0) -> None:
-        self.exit_code = exit_code
+        self.exit_code, self.is_open = exit_code, False
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +332,33 @@ def test_a_run_that_is_cut_short_is_ended(tmp_path: Path) -> None:
     tracking.close()
     assert failing.told == ["start_run", "start_trial", "log_epoch", "end_run"]
     assert notes == []
+
+
+def test_a_trial_may_begin_twice_or_end_without_a_beginning(wandb: _Runs, tmp_path: Path) -> None:
+    """As trials do whose node dies: of one the tracker has one run, of the other none, and it goes on."""
+    notes: list[str] = []
+    tracking = Tracking(connect_trackers(LoggingConfig(wandb="project")), notes.append)
+    tracking.start_run(TrackedRun("x", "twice", tmp_path))
+    for _ in range(2):
+        tracking.start_trial(0, TrialConfig())
+    tracking.end_trial(1, "failed")
+    tracking.end_trial(0, "complete")
+    tracking.close()
+    assert notes == []
+    assert [run.exit_code for name, run in wandb.runs.items() if name.startswith("twice-")] == [0]
+
+
+def test_a_server_that_gives_no_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a run that was cut short waits for it a moment; that it is a daemon, the process does not."""
+    answer, notes = Event(), list[str]()
+    hanging = _Failing()
+    monkeypatch.setattr(hanging, "start_run", lambda run: answer.wait(60))
+    monkeypatch.setattr(fmtune.trackers, "_PATIENCE_OF_THE_INTERRUPTED", 0.1)
+    tracking = Tracking([hanging], notes.append)
+    tracking.start_run(TrackedRun("x", "0", tmp_path))
+    tracking.close()
+    answer.set()
+    assert notes == ["broken: no answer in 0 s; nothing more is logged there"]
 
 
 # TensorBoard

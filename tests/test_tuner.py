@@ -49,6 +49,15 @@ def test_networks_compete_on_equal_training_time(slots: int) -> None:
     assert _report(scheduler, 3, 1, first + 0.1, 0.65) == "CONTINUE"
 
 
+def test_more_slots_than_trials_put_the_first_rung_no_later() -> None:
+    """All 10 trials run at once, so that a third of the time is what each has on its way there: 30 of 90 s."""
+    scheduler = _create(_space(time="90s", rung="seconds"), slots=64)
+    assert _report(scheduler, 1, 1, 29.9, 0.6) == "CONTINUE"
+    assert _report(scheduler, 1, 2, 30.1, 0.6) == "CONTINUE"
+    assert _report(scheduler, 2, 1, 29.9, 0.5) == "CONTINUE"
+    assert _report(scheduler, 2, 2, 30.1, 0.5) == "STOP"
+
+
 def test_on_epochs_the_time_that_they_take_does_not_matter() -> None:
     scheduler = _create(_space())
     assert _report(scheduler, 1, 1, 1.0, 0.5) == "CONTINUE"

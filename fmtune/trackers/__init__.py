@@ -16,6 +16,9 @@ from fmtune.trackers.lane import Lane
 from fmtune.trackers.tracker import TrackedRun, Tracker
 from fmtune.training import EpochMetrics
 
+_PATIENCE, _PATIENCE_OF_THE_INTERRUPTED = 30.0, 3.0
+"""Seconds that the end of a run waits for what has not arrived."""
+
 __all__ = ["Tracking", "connect_trackers", "track"]
 
 
@@ -71,11 +74,12 @@ class Tracking:
         self._is_over = True
 
     def close(self) -> None:
-        """Wait until all has arrived."""
+        """Wait until all has arrived, not for long where the run was cut short."""
+        patience = _PATIENCE if self._is_over else _PATIENCE_OF_THE_INTERRUPTED
         if not self._is_over:
             self.end_run(None)
         for lane in self._lanes:
-            lane.close()
+            lane.close(patience)
 
 
 @contextmanager

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import ParamSpec
 
+from fmtune.errors import first_line
 from fmtune.trackers.tracker import Tracker
 
-_CLOSING_SECONDS = 30.0
-"""How long the end of a run waits for what has not arrived."""
 P = ParamSpec("P")
 
 
@@ -20,32 +20,35 @@ class Lane:
     def __init__(self, tracker: Tracker, note: Callable[[str], None]) -> None:
         self.tracker = tracker
         self._note = note
-        self._thread = ThreadPoolExecutor(1, f"fmtune-{tracker.name}")
-        self._pending: deque[Future[None]] = deque()
-        self._has_failed = False
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._failure: str | None = None
+        self._has_told = False
+        # A daemon: the end of the process does not wait for a server that gives no answer.
+        self._thread = Thread(target=self._work, name=f"fmtune-{tracker.name}", daemon=True)
+        self._thread.start()
 
     def tell(self, call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Call this when all calls before it are done."""
         self._look()
-        if not self._has_failed:
-            self._pending.append(self._thread.submit(call, *args, **kwargs))
+        self._calls.put(partial(call, *args, **kwargs))
 
-    def close(self) -> None:
-        """Wait for the calls that are not done, and give up those that take too long."""
-        wait(self._pending, timeout=_CLOSING_SECONDS)
+    def close(self, patience: float) -> None:
+        """Wait so many seconds for the calls that are not done, and give up the others."""
+        self._calls.put(None)
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            self._failure = f"no answer in {patience:.0f} s"
         self._look()
-        if self._pending:
-            self._give_up(f"no answer in {_CLOSING_SECONDS:.0f} s")
-        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            try:
+                call()
+            except Exception as error:  # whatever the tracker's library raises
+                self._failure = first_line(error)
+                return
 
     def _look(self) -> None:
-        while self._pending and self._pending[0].done():
-            error = self._pending.popleft().exception()
-            if error is not None:
-                self._give_up((str(error).strip() or type(error).__name__).splitlines()[0])
-
-    def _give_up(self, reason: str) -> None:
-        self._has_failed = True
-        self._pending.clear()
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        self._note(f"{self.tracker.name}: {reason}; nothing more is logged there")
+        if self._failure is not None and not self._has_told:
+            self._has_told = True
+            self._note(f"{self.tracker.name}: {self._failure}; nothing more is logged there")

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from fmtune.config import TrialConfig, flatten
-from fmtune.errors import InputError
+from fmtune.errors import InputError, first_line
 from fmtune.extras import import_extra
 from fmtune.run import State
 from fmtune.trackers.tracker import TrackedRun, Tracker, select_figures, select_metrics
@@ -41,6 +41,8 @@ class MlflowTracker:
         self._parent = self._open(run.name, "search", {})
 
     def start_trial(self, number: int, config: TrialConfig) -> None:
+        if number in self._trials:  # begun again elsewhere, after its node died
+            return
         name = f"{number:05d}"
         self._trials[number] = self._open(name, name, flatten(config))
 
@@ -48,6 +50,8 @@ class MlflowTracker:
         self._log_metrics(self._trials[number], select_metrics(metrics), metrics.epoch)
 
     def end_trial(self, number: int, state: State) -> None:
+        if number not in self._trials:  # its process could not be started
+            return
         run = self._trials.pop(number)
         self._client.set_tag(run, "fmtune.state", state)
         self._client.set_terminated(run, _STATUS[state])
@@ -92,6 +96,6 @@ def connect_mlflow(uri: str) -> Tracker:
         experiment = client.get_experiment_by_name(_EXPERIMENT)
         number = client.create_experiment(_EXPERIMENT) if experiment is None else experiment.experiment_id
     except (mlflow.MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"logging.mlflow: {uri}: can't be reached ({reason}); start it, or mend the URI") from None
     return MlflowTracker(client, mlflow.entities, str(number))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fmtune.config import Scalar, TrialConfig, flatten
-from fmtune.errors import InputError
+from fmtune.errors import InputError, first_line
 from fmtune.extras import import_extra
 from fmtune.run import State
 from fmtune.trackers.tracker import TrackedRun, Tracker, select_figures, select_metrics
@@ -27,6 +27,8 @@ class WandbTracker:
         self._run = run
 
     def start_trial(self, number: int, config: TrialConfig) -> None:
+        if number in self._trials:  # begun again elsewhere, after its node died
+            return
         name = f"{number:05d}"
         self._trials[number] = self._open(name, name, "trial", flatten(config))
 
@@ -34,6 +36,8 @@ class WandbTracker:
         self._trials[number].log(select_metrics(metrics), step=metrics.epoch)
 
     def end_trial(self, number: int, state: State) -> None:
+        if number not in self._trials:  # its process could not be started
+            return
         run = self._trials.pop(number)
         run.summary["state"] = state
         run.finish(exit_code=0 if state in ("complete", "pruned") else 1)
@@ -80,7 +84,7 @@ def _check_login(wandb: Any) -> None:
     try:
         is_known = wandb.login(prompt=False)
     except wandb.Error as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"logging.wandb: {reason}; or set WANDB_MODE=offline, and `wandb sync` later") from None
     if not is_known:
         raise InputError("logging.wandb: no login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")

@@ -344,7 +344,8 @@ def _describe(error: Any, kind: type[BaseModel], value: Any) -> str:
         return f"unknown key; {_hint(str(error['loc'][-1]), _fields_at(kind, error['loc'][:-1]))}"
     if error["type"] == "value_error":
         reason = str(error["ctx"]["error"])
-        return reason if isinstance(value, dict) else f"{value!r}; {reason}"
+        is_secret = isinstance(value, str) and has_credentials(value)
+        return reason if isinstance(value, dict) or is_secret else f"{value!r}; {reason}"
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{value!r}; expected a mapping with keys {', '.join(_fields_at(kind, error['loc']))}"
     expected = (

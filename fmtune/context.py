@@ -45,7 +45,11 @@ class RunContext:
     @cached_property
     def kept(self) -> Storage | None:
         """Where the run folder lands when all is done, None where it stays what it is."""
-        return None if self.space.storage is None else Storage(self.space.storage).below(self.folder.path.name)
+        if self.space.storage is None:
+            return None
+        kept = Storage(self.space.storage).below(self.folder.path.name)
+        # A folder that holds all runs may be the storage too.
+        return None if kept.place == str(self.folder.path.resolve()) else kept
 
     def task_of(self, record: TrialRecord) -> Task:
         """The task of a trial of the search, from its last checkpoint on if it has one."""

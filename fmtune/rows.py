@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fmtune.classifier import TrainedModel
 from fmtune.errors import InputError
+from fmtune.model import fold_batch_norms
 
 _BATCH = 256
 """Images of a step: the maps of so many small ones stay near the processor."""
@@ -28,13 +29,13 @@ class Predictor:
     """Turns blocks of images into rows of predictions, on the GPU if this process sees one.
 
     Args:
-        model: what predicts, in fp32; it is moved to the device.
+        model: what predicts, in fp32.
     """
 
     def __init__(self, model: TrainedModel) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Typed without the keyword alone.
-        self._network = model.network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network = fold_batch_norms(model.network).to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._preprocess = model.preprocess.to(self._device)
         self._classes = model.classes
 

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torchvision.transforms import functional
 
 from fmtune.config import ModelConfig, OptimConfig
-from fmtune.model import STAGES, Pixels, Preprocess, ResNet, count_parameters, create_model, stages_to_logits
+from fmtune.model import (
+    STAGES,
+    Pixels,
+    Preprocess,
+    ResNet,
+    count_parameters,
+    create_model,
+    fold_batch_norms,
+    stages_to_logits,
+)
 from fmtune.optim import Optimization
 
 
@@ -44,6 +53,21 @@ def test_published_weights_load_strictly_and_give_torchvisions_logits(depth: int
     expected = theirs(images)
     assert expected.std() > 0.01
     assert torch.allclose(ours.eval()(images), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("depth", "stem"), [(10, "half"), (18, "imagenet"), (50, "small")])
+@torch.no_grad()
+def test_folded_batch_norms_change_no_logit(depth: int, stem: str) -> None:
+    """In float64, with statistics of random images; no batch norm is left, and the network itself is as it was."""
+    torch.manual_seed(0)
+    network = ResNet(ModelConfig.model_validate({"depth": depth, "width": 4, "stem": stem}), 3, 7).double()
+    images = _random_images(4, 3, 32, 32).double()
+    network(images * 2 + 1)
+    expected = network.eval()(images)
+    folded = fold_batch_norms(network)
+    assert torch.allclose(folded(images), expected, rtol=0, atol=1e-10)
+    assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert torch.equal(network(images), expected)
 
 
 @torch.no_grad()

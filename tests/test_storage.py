@@ -18,7 +18,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from tables import sample_rows, write_csv
 
-from fmtune import load
+from fmtune import load, train
 from fmtune.checkpoint import save_training
 from fmtune.errors import InputError
 from fmtune.storage import Storage, check_storage, fetch
@@ -134,6 +134,16 @@ def test_a_folder_that_can_t_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"storage: .*file/runs: can't be written to"):
         check_storage(str(tmp_path / "file" / "runs"))
+
+
+def test_a_folder_of_runs_may_be_their_storage_too(ray_cluster: None, tmp_path: Path) -> None:
+    """The run folder is not copied onto itself, which would empty its files."""
+    source = write_csv(tmp_path / "train.csv", sample_rows("train", 20))
+    space = {"data": {"train": str(source), "validation": 0.2}, "storage": str(tmp_path / "runs")}
+    found = train(space | {"trial": {"epochs": 1, "model": {"width": 4}}}, name="x", runs=tmp_path / "runs")
+    assert list(found.folder.ray.glob("search/00000/checkpoint_*"))
+    assert found.folder.read_summary() == found.summary
+    assert found.folder.report.stat().st_size > 0
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:

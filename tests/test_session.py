@@ -32,6 +32,7 @@ def test_the_console_has_the_screens_encoding(
 ) -> None:
     """What it can't write becomes a question mark, and no error."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(sys, "__stdout__", sys.stdout)
     with quiet() as screen:
         assert screen.console.options.ascii_only
         screen.console.print("Größe")

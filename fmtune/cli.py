@@ -110,11 +110,11 @@ def report(run: str, show: bool, runs: Path) -> None:
     from fmtune.report import write_report
     from fmtune.run import find_run
 
-    page, *others = write_report(find_run(run, runs))
-    for path in (page, *others):
+    paths = write_report(find_run(run, runs))
+    for path in paths:
         click.echo(str(path))
     if show:
-        click.launch(str(page))
+        click.launch(str(paths[0]))
 
 
 @app.command()

@@ -17,6 +17,7 @@ from fmtune.checkpoint import write_json
 from fmtune.classifier import TrainedModel
 from fmtune.errors import InputError, RunFailed
 from fmtune.extras import import_extra
+from fmtune.files import check_writable
 from fmtune.predict import load
 
 Kind = Literal["onnx", "torch", "safetensors"]
@@ -91,10 +92,7 @@ def _check_output(output: Path, kind: Kind) -> None:
         raise InputError(f"{kind}: no such format; expected {', '.join(ENDINGS)}")
     if output.suffix != ENDINGS[kind]:
         raise InputError(f"{output}: expected a name that ends in {ENDINGS[kind]}, for the format {kind}")
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: no folder {output.parent}; make it, or name one that exists")
-    if output.is_dir():
-        raise InputError(f"{output}: is a folder; expected a file's name")
+    check_writable(output)
 
 
 def _create_example(shape: tuple[int, int, int]) -> tuple[Tensor]:

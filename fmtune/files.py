@@ -1,16 +1,17 @@
-"""A file of a source, wherever it lies."""
+"""Files that are read, wherever they lie, and places that are written to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import pyarrow as pa
 from pyarrow import fs
 
-from fmtune.errors import DataError
+from fmtune.errors import DataError, InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,18 @@ class File:
 def is_url(place: str) -> bool:
     """Whether a place is a URL and no path."""
     return "://" in place
+
+
+def check_writable(output: Path) -> None:
+    """Refuse a path that no file can be written to.
+
+    Raises:
+        InputError: its folder is not there, or it is a folder.
+    """
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: no folder {output.parent}; make it, or name one that exists")
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; expected a file's name")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fmtune.classifier import TrainedModel
 from fmtune.errors import InputError
+from fmtune.files import check_writable
 from fmtune.model import fold_batch_norms
 
 _BATCH = 256
@@ -74,10 +75,7 @@ def check_output(output: Path, source: str) -> None:
     """
     if output.suffix not in _WRITERS:
         raise InputError(f"{output}: format not known by its name; expected .csv or .parquet")
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: no folder {output.parent}; make it, or name one that exists")
-    if output.is_dir():
-        raise InputError(f"{output}: is a folder; expected a file's name")
+    check_writable(output)
     if output.exists() and Path(source).exists() and output.samefile(source):
         raise InputError(f"{output}: is the input; choose another name")
 

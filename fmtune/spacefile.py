@@ -26,6 +26,7 @@ from fmtune.config import (
     flatten,
     has_credentials,
     nest,
+    refuse_credentials,
 )
 from fmtune.errors import SpaceError, first_line
 from fmtune.files import is_url
@@ -217,8 +218,10 @@ class SpaceReader:
         if not isinstance(storage, str):
             self._add("storage", f"{storage!r}; expected null, or the path or URL of a folder that all nodes share")
             return None
-        if has_credentials(storage):
-            self._add("storage", "credentials in it would be written to the run folder; leave them to the environment")
+        try:
+            refuse_credentials(storage)
+        except ValueError as error:
+            self._add("storage", str(error))
             return None
         if is_url(storage) and urlsplit(storage).scheme not in _STORES:
             self._add("storage", f"{storage!r}; expected a path, or a URL of {', '.join(_STORES)}")

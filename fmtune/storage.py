@@ -26,12 +26,8 @@ class Storage:
     """
 
     def __init__(self, place: str) -> None:
-        if is_url(place):
-            self._system, self._path = fs.FileSystem.from_uri(place)
-            self.place = place
-        else:
-            self._system, self._path = fs.LocalFileSystem(), str(Path(place).resolve())
-            self.place = self._path
+        self._system, self._path = _locate(place)
+        self.place = place if is_url(place) else self._path
 
     def place_of(self, path: str) -> str:
         """The place of a path in this storage's file system, such as `bucket/prefix/folder`."""
@@ -91,7 +87,7 @@ def check_storage(place: str) -> None:
         InputError: it can't, or there is no such place.
     """
     try:
-        system, path = fs.FileSystem.from_uri(place) if is_url(place) else (fs.LocalFileSystem(), place)
+        system, path = _locate(place)
         system.create_dir(path)
         with system.open_output_stream(f"{path}/.fmtune") as stream:
             stream.write(b"")
@@ -107,10 +103,15 @@ def fetch(place: str) -> Iterator[Path]:
     if not is_url(place):
         yield Path(place)
         return
-    system, path = fs.FileSystem.from_uri(place)
+    system, path = _locate(place)
     with tempfile.TemporaryDirectory() as folder:
         fs.copy_files(path, folder, source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
         yield Path(folder)
+
+
+def _locate(place: str) -> tuple[fs.FileSystem, str]:
+    """The file system that a path or URL is in, and its path there."""
+    return fs.FileSystem.from_uri(place) if is_url(place) else (fs.LocalFileSystem(), str(Path(place).resolve()))
 
 
 def _is_of_checkpoint(path: str) -> bool:

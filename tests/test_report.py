@@ -40,13 +40,6 @@ from fmtune.training import EpochMetrics
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    folder = create_run(tmp_path_factory.mktemp("runs") / "default")
-    write_report(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def page(searched: RunFolder) -> str:
     return searched.report.read_text(encoding="utf-8")
 

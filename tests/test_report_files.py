@@ -58,13 +58,6 @@ def _without_header(card: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    folder = create_run(tmp_path_factory.mktemp("runs") / "default")
-    write_report(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = create_training(tmp_path_factory.mktemp("runs") / "a_training")
     write_report(folder)

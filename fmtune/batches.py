@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
+from fmtune.stored import Images, StoredImages
+from fmtune.streaming import ImageStream
+
+
+def place_images(images: Images, device: torch.device) -> Tensor | ImageStream:
+    """Images on a device as `Batches` takes them: all of them, or a stream of those that stay in the cache."""
+    if isinstance(images, StoredImages):
+        return ImageStream(images)
+    # A copy: what Arrow and NumPy hold may be read-only, which torch's tensors can't express.
+    return torch.tensor(images, device=device)
+
 
 @dataclass(frozen=True)
 class Batches:
-    """A split held whole on the device.
+    """A split held whole on the device, or streamed to it.
 
     Args:
-        images: uint8 (N, C, H, W), of all rows that any split uses.
-        labels: int64 (N,).
-        rows: int64 (M,), the rows of this split.
+        images: uint8 (N, C, H, W), of all rows that any split uses; or a stream of them.
+        labels: int64 (N,), on the device.
+        rows: int64 (M,), the rows of this split; ascending for a stream.
         rank: this worker's place among `workers` that train together.
         workers: number of those; each global batch is shared out among them.
     """
 
-    images: Tensor
+    images: Tensor | ImageStream
     labels: Tensor
     rows: Tensor
     rank: int = 0
@@ -34,7 +45,7 @@ class Batches:
 
     @property
     def device(self) -> torch.device:
-        return self.images.device
+        return self.labels.device
 
     def steps(self, batch_size: int, drop_last: bool) -> int:
         """Batches of one epoch, each with a row for every worker; one at least, even if it is not full."""
@@ -50,18 +61,33 @@ class Batches:
         The order is the same for every number of workers. With `drop_last` all batches are full; without, every row
         is seen, in batches whose sizes differ by one at most, so that no small last batch upsets batch norm.
         """
-        order = self.rows[torch.randperm(len(self), generator=generator, device=self.device)]
+        order = self._shuffle(generator)
         steps = self.steps(batch_size, drop_last)
         if drop_last:
             order = order[: steps * batch_size]
-        for rows in order.tensor_split(steps):
+        batches = order.tensor_split(steps)
+        for rows, images in zip(batches, self._take(batches), strict=True):
             first, last = (len(rows) * rank // self.workers for rank in (self.rank, self.rank + 1))
-            yield self.images[rows], self.labels[rows], slice(first, last)
+            yield images, self.labels[rows], slice(first, last)
 
     def ordered(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This worker's part of the rows in their own order, in batches of `batch_size`."""
-        for rows in self.rows.tensor_split(self.workers)[self.rank].split(batch_size):
-            yield self.images[rows], self.labels[rows]
+        batches = self.rows.tensor_split(self.workers)[self.rank].split(batch_size)
+        for rows, images in zip(batches, self._take(batches), strict=True):
+            yield images, self.labels[rows]
+
+    def _shuffle(self, generator: Generator) -> Tensor:
+        """The rows in random order."""
+        if isinstance(self.images, ImageStream):
+            return self.images.shuffle(self.rows, generator)
+        return self.rows[torch.randperm(len(self), generator=generator, device=self.device)]
+
+    def _take(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The images of rows, batch by batch."""
+        if isinstance(self.images, ImageStream):
+            return (torch.from_numpy(images).to(self.device) for images in self.images.take(batches))
+        held = self.images
+        return (held[rows] for rows in batches)
 
 
 def count_trained(rows: int, batch_size: int, drop_last: bool) -> int:

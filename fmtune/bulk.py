@@ -29,7 +29,7 @@ _ROWS_WRITTEN = 2**14
 
 
 def predict_pieces(
-    pieces: Sequence[Piece], model: TrainedModel, address: str | None, write: Callable[[pa.Table], None]
+    pieces: Sequence[Piece[pa.Table]], model: TrainedModel, address: str | None, write: Callable[[pa.Table], None]
 ) -> None:
     """Predict pieces on a Ray cluster.
 
@@ -58,7 +58,7 @@ def predict_pieces(
                 raise _explain(error) from error
 
 
-def _create_dataset(pieces: Sequence[Piece], model: TrainedModel) -> ray.data.Dataset:
+def _create_dataset(pieces: Sequence[Piece[pa.Table]], model: TrainedModel) -> ray.data.Dataset:
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     images = ray.data.read_datasource(
@@ -90,7 +90,7 @@ def _create_dataset(pieces: Sequence[Piece], model: TrainedModel) -> ray.data.Da
 class _Pieces(Datasource):
     """A read task for each piece."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[Piece[pa.Table]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pieces = pieces
 

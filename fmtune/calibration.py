@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fmtune.stored import Images
 from fmtune.thumbnails import encode_png
 
 BINS = 15
@@ -79,7 +80,7 @@ def measure_calibration(confidence: NDArray[np.float32], is_right: NDArray[np.bo
 
 
 def find_mistakes(
-    images: NDArray[np.uint8],
+    images: Images,
     labels: NDArray[np.int64],
     predicted: NDArray[np.int64],
     confidence: NDArray[np.float32],

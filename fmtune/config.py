@@ -31,6 +31,7 @@ Scalar = bool | int | float | str | None
 FINALIST_ROUNDS = 5
 """Fresh seeds that each finalist is retrained with at most."""
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_duration(value: object) -> object:
@@ -47,12 +48,38 @@ def parse_duration(value: object) -> object:
     return float(sum(float(number) * _SECONDS[unit] for number, unit in parts))
 
 
+def parse_size(value: object) -> object:
+    """Bytes in a size such as `512M` or `1.5GiB`, in powers of 1024; anything else is returned as it is.
+
+    Raises:
+        ValueError: `value` is a string and not such a size.
+    """
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT])(?:iB)?", value)
+    if found is None:
+        raise ValueError("should be a size such as 512M or 1.5GiB")
+    return int(float(found[1]) * _BYTES[found[2]])
+
+
 Duration = Annotated[
     PositiveFloat,
     BeforeValidator(parse_duration),
     PlainSerializer(lambda seconds: f"{seconds:.15g}s", return_type=str),
     WithJsonSchema(
         {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^(\d+(\.\d+)?[smhd])+$"}]}
+    ),
+]
+Size = Annotated[
+    PositiveInt,
+    BeforeValidator(parse_size),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": r"^\d+(\.\d+)?[KMGT](iB)?$"},
+            ]
+        }
     ),
 ]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -105,6 +132,9 @@ class DataConfig(Config):
     """Seed of the choice of held-out rows."""
     resize: PositiveInt | None = None
     """Pixels of the shorter side that the network sees, bilinear; null takes the images as they are."""
+    memory: Size | None = None
+    """Bytes of images that a process may hold, such as 2G; of a larger source it streams the rows from the cache, and
+    shuffles them within so many. null takes what the machine can spare for as many processes as it has CPUs."""
 
 
 class SearchConfig(Config):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import platformdirs
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 import fmtune.datasets as datasets
@@ -21,27 +19,31 @@ from fmtune.datasets import Split
 from fmtune.errors import DataError
 from fmtune.files import File, is_url
 from fmtune.model import Pixels
+from fmtune.pieces import find_labelled_pieces
 from fmtune.readers import Layout, Table, complete_idx, read_files, to_tensors
-from fmtune.sources import find_files
+from fmtune.sources import find_files, open_place
+from fmtune.stored import Images, StoredImages, StoredTable, read_table, write_table
 
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 """Part of each cached table's key: raise it when what is stored for a source changes."""
+_UNPACKED = 10
+"""Bytes of pixels that a byte of a compressed file may hold; in other files it is one at most."""
 MEMORY = "memory:"
 """What the source of a table that was given in memory begins with; the rest is its key in the cache."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A split in memory, and where it came from.
+    """A split, and where it came from.
 
     Attributes:
-        table: images and labels as in the source.
+        table: images and labels as in the source; images that are more than `data.memory` allows stay in the cache.
         source: what was asked for, or the stand-in that was taken.
         origin: a line for people: where the images were found.
         key: identifies the content by the source's identity and options.
     """
 
-    table: Table
+    table: Table | StoredTable
     source: str
     origin: str
     key: str
@@ -58,7 +60,7 @@ class Classes:
         return len(self.labels)
 
     @classmethod
-    def of_table(cls, table: Table) -> Classes:
+    def of_table(cls, table: Table | StoredTable) -> Classes:
         labels = [int(label) for label in np.unique(table.labels)]
         return cls(tuple(labels), tuple(table.names.get(label) or str(label) for label in labels))
 
@@ -84,7 +86,7 @@ class TrainingData:
     """What a search trains on: all training rows, and which of them are held out for validation.
 
     Attributes:
-        images: uint8 (N, C, H, W).
+        images: uint8 (N, C, H, W), in memory or in the cache.
         labels: int64 (N,), class indices.
         train_rows, validation_rows: int64 (M,), which rows each part has.
         classes: labels and names of the class indices.
@@ -92,7 +94,7 @@ class TrainingData:
         loaded: where the rows come from.
     """
 
-    images: NDArray[np.uint8]
+    images: Images
     labels: NDArray[np.int64]
     train_rows: NDArray[np.int64]
     validation_rows: NDArray[np.int64]
@@ -108,8 +110,12 @@ class TrainingData:
 
 
 def cache_folder() -> Path:
-    """Where downloads and parsed tables are kept: `FMTUNE_CACHE`, or the user's cache folder."""
-    return Path(os.environ.get("FMTUNE_CACHE") or platformdirs.user_cache_dir("fmtune"))
+    """Where downloads are kept, and parsed tables too: `FMTUNE_CACHE`, or the user's cache folder.
+
+    Of a URL in `FMTUNE_CACHE` only parsed tables make use, which several machines read.
+    """
+    place = os.environ.get("FMTUNE_CACHE")
+    return Path(place if place and not is_url(place) else platformdirs.user_cache_dir("fmtune"))
 
 
 def weights_folder() -> Path:
@@ -134,13 +140,15 @@ def load_training_data(config: DataConfig) -> TrainingData:
     images, labels = loaded.table.images, classes.indices(loaded.table.labels, loaded.source)
     if config.validation == "test":
         held_out = load_test_split(config, loaded)
+        if isinstance(images, StoredImages) or isinstance(held_out.table, StoredTable):
+            raise DataError("data.validation: test: more images than data.memory allows; give a fraction such as 0.1")
         train_rows = np.arange(len(images))
         validation_rows = len(images) + np.arange(len(held_out.table))
         images = np.concatenate([images, held_out.table.images])
         labels = np.concatenate([labels, classes.indices(held_out.table.labels, held_out.source)])
     else:
         train_rows, validation_rows = split_rows(labels, config.validation, config.seed, loaded.source)
-    pixels = measure_pixels(images[train_rows], config.resize)
+    pixels = measure_pixels(images, config.resize, train_rows)
     return TrainingData(images, labels, train_rows, validation_rows, classes, pixels, loaded)
 
 
@@ -170,11 +178,11 @@ def load_split(config: DataConfig, split: Split) -> Loaded:
     Raises:
         DataError: the source is missing or malformed, and `config.fallback` does not stand in.
     """
-    source = config.train
+    source, memory = config.train, config.memory or _spare_memory()
     if source.startswith(MEMORY):
-        return _load_kept(source)
+        return _load_kept(source, memory)
     if source not in datasets.NAMES:
-        return _load_files(source, Layout(config.label, config.shape))
+        return _load_files(source, Layout(config.label, config.shape), memory)
     try:
         return _load_named(source, split)
     except DataError:
@@ -194,9 +202,9 @@ def keep_table(table: Table) -> str:
     content.update(table.images.reshape(-1).data)
     content.update(table.labels.data)
     key = content.hexdigest()[:32]
-    cached = _cached_path(key)
-    if not cached.exists():
-        _write_cached(cached, table)
+    cached = _cached(key)
+    if not cached.exists:
+        write_table(cached, [table])
     return f"{MEMORY}{key}"
 
 
@@ -222,13 +230,16 @@ def split_rows(
     return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
-def measure_pixels(images: NDArray[np.uint8], resize: int | None = None) -> Pixels:
+def measure_pixels(images: Images, resize: int | None = None, rows: NDArray[np.int64] | None = None) -> Pixels:
     """Mean and standard deviation of each channel of uint8 (N, C, H, W), of pixels scaled to 0..1.
 
-    They are of the images as they come; `resize` is what the network will see them at.
+    They are of the images as they come; `resize` is what the network will see them at. `rows` are those that count,
+    ascending; all by default.
     """
     # From counts of the 256 values, exact and without a float copy of the images.
-    counts = np.stack([np.bincount(images[:, c].ravel(), minlength=256) for c in range(images.shape[1])])
+    counts = np.zeros((images.shape[1], 256), np.int64)
+    for block in blocks_of(images, rows):
+        counts += np.stack([np.bincount(block[:, c].ravel(), minlength=256) for c in range(block.shape[1])])
     values = np.arange(256) / 255
     share = counts / counts.sum(axis=1, keepdims=True)
     mean = share @ values
@@ -236,6 +247,13 @@ def measure_pixels(images: NDArray[np.uint8], resize: int | None = None) -> Pixe
     # A channel of one value has nothing to scale.
     std[std == 0] = 1.0
     return Pixels(images.shape[1], tuple(map(float, mean)), tuple(map(float, std)), resize)
+
+
+def blocks_of(images: Images, rows: NDArray[np.int64] | None = None) -> Iterator[NDArray[np.uint8]]:
+    """The images of ascending rows, or of all, in parts that fit in memory."""
+    if isinstance(images, StoredImages):
+        return images.blocks(rows)
+    return iter([images if rows is None else images[rows]])
 
 
 def to_arrow(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> pa.Table:
@@ -256,24 +274,48 @@ def _load_named(name: str, split: Split) -> Loaded:
     return Loaded(table, name, origin, f"{name}-{split}")
 
 
-def _load_kept(source: str) -> Loaded:
+def _load_kept(source: str, memory: int) -> Loaded:
     key = source.removeprefix(MEMORY)
-    cached = _cached_path(key)
-    if not cached.exists():
-        raise DataError(f"{source}: given in memory once, and not in the cache ({cached}); give the same data again")
-    return Loaded(_read_cached(cached), source, f"given in memory, kept in {cached}", key)
+    cached = _cached(key)
+    if not cached.exists:
+        raise DataError(f"{source}: given in memory once, and not in the cache ({cached.place}); give the data again")
+    return Loaded(read_table(cached, memory), source, f"given in memory, kept in {cached.place}", key)
 
 
-def _load_files(source: str, layout: Layout) -> Loaded:
+def _load_files(source: str, layout: Layout, memory: int) -> Loaded:
     files = complete_idx(find_files(source))
     key = _identify(files, layout)
-    cached = _cached_path(key)
-    if cached.exists():
-        return Loaded(_read_cached(cached), source, f"parsed before, from {cached}", key)
+    cached = _cached(key)
+    if cached.exists:
+        return Loaded(read_table(cached, memory), source, f"parsed before, from {cached.place}", key)
+    origin = f"read from {f'{len(files)} files' if len(files) > 1 else files[0].place}"
+    if sum(map(_most_pixels, files)) > memory:
+        # In pieces, which takes longer.
+        write_table(cached, _read_pieces(files, layout, source))
+        return Loaded(read_table(cached, memory), source, origin, key)
     table = read_files(files, layout)
-    _write_cached(cached, table)
-    what = f"{len(files)} files" if len(files) > 1 else files[0].place
-    return Loaded(table, source, f"read from {what}", key)
+    write_table(cached, [table])
+    return Loaded(table, source, origin, key)
+
+
+def _most_pixels(file: File) -> int:
+    """Bytes of pixels that a file may hold."""
+    return file.size * (_UNPACKED if file.path.endswith((".gz", ".parquet", ".pq")) else 1)
+
+
+def _read_pieces(files: list[File], layout: Layout, source: str) -> Iterator[Table]:
+    """The tables that the files' pieces make.
+
+    Raises:
+        DataError: a file can't be read, or there is no row.
+    """
+    rows = 0
+    for piece in find_labelled_pieces(files, layout):
+        for table in piece.read():
+            rows += len(table)
+            yield table
+    if rows == 0:
+        raise DataError(f"{source}: no rows; expected one image a row")
 
 
 def _identify(files: list[File], layout: Layout) -> str:
@@ -285,31 +327,19 @@ def _identify(files: list[File], layout: Layout) -> str:
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
 
 
-def _cached_path(key: str) -> Path:
-    return cache_folder() / "tables" / f"{key}.parquet"
+def _cached(key: str) -> File:
+    """Where the cache has, or is to have, a parsed table."""
+    place = os.environ.get("FMTUNE_CACHE", "")
+    return open_place(f"{place.rstrip('/') if is_url(place) else cache_folder()}/tables/{key}.parquet")
 
 
-# The cache: a column of bytes an image, since Parquet reads and writes fixed-size bytes at the disk's speed and
-# lists of uint8, which fixed-shape tensors are to it, value by value.
+def _spare_memory() -> int:
+    """Bytes of images that each process may hold: half of the machine's memory, shared out.
 
-
-def _write_cached(path: Path, table: Table) -> None:
-    n, *shape = table.images.shape
-    size = int(np.prod(shape))
-    images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), n, [None, pa.py_buffer(table.images)])
-    metadata = {"shape": json.dumps(shape), "names": json.dumps(list(table.names.items()))}
-    content = pa.table({"image": images, "label": pa.array(table.labels)}).replace_schema_metadata(metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and moved, so that no reader ever sees half a file.
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    pq.write_table(content, aside, compression="none", use_dictionary=False, write_statistics=False)
-    aside.replace(path)
-
-
-def _read_cached(path: Path) -> Table:
-    content = pq.read_table(path).combine_chunks()
-    metadata: Mapping[bytes, bytes] = content.schema.metadata
-    shape = json.loads(metadata[b"shape"])
-    column = content.column("image").chunk(0)
-    images = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, *shape)
-    return Table(images, content.column("label").to_numpy(), dict(json.loads(metadata[b"names"])))
+    Each CPU may have a trial's process; the driver and Ray's object store hold the images too.
+    """
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+            total = min(total, int(text))
+    return total // (2 * ((os.cpu_count() or 1) + 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from fmtune.config import DataConfig
-from fmtune.data import Classes, Loaded, load_split, measure_pixels
+from fmtune.data import Classes, Loaded, blocks_of, load_split, measure_pixels
 from fmtune.model import Pixels
 from fmtune.readers import Table
+from fmtune.stored import StoredTable
 from fmtune.thumbnails import to_picture
 
 _RARE_SHARE = 0.1
@@ -53,18 +55,19 @@ def describe_source(config: DataConfig) -> Description:
     table = loaded.table
     classes = Classes.of_table(table)
     counts = np.bincount(classes.indices(table.labels, loaded.source), minlength=len(classes))
+    ranges = [(block.min(), block.max()) for block in blocks_of(table.images)]
     return Description(
         loaded,
         classes,
         tuple(map(int, counts)),
-        int(table.images.min()),
-        int(table.images.max()),
+        int(min(low for low, _ in ranges)),
+        int(max(high for _, high in ranges)),
         measure_pixels(table.images),
         tuple(_find_problems(table, classes, counts)),
     )
 
 
-def draw_grid(table: Table, classes: Classes, path: Path) -> None:
+def draw_grid(table: Table | StoredTable, classes: Classes, path: Path) -> None:
     """Draw a sheet with a row of samples for each class, its name above."""
     rows = [np.flatnonzero(table.labels == label)[:_GRID_COLUMNS] for label in classes.labels]
     height, width = table.images.shape[2:]
@@ -82,18 +85,22 @@ def draw_grid(table: Table, classes: Classes, path: Path) -> None:
     sheet.save(path)
 
 
-def _find_problems(table: Table, classes: Classes, counts: NDArray[np.int64]) -> list[str]:
+def _find_problems(table: Table | StoredTable, classes: Classes, counts: NDArray[np.int64]) -> list[str]:
     problems = []
     if len(classes) < 2:
         problems.append("there is one class only; a training needs two or more")
     rare = [classes.names[i] for i in np.flatnonzero(counts < _RARE_SHARE * len(table) / len(classes))]
     if rare:
         problems.append(f"rare classes, with less than a tenth of an even share: {', '.join(rare)}")
-    flat = table.images.reshape(len(table), -1)
-    constant = int((flat.min(axis=1) == flat.max(axis=1)).sum())
+    constant, keys = 0, []
+    for block in blocks_of(table.images):
+        flat = block.reshape(len(block), -1)
+        constant += int((flat.min(axis=1) == flat.max(axis=1)).sum())
+        # Of images that are not held whole, only these are.
+        keys += [hashlib.blake2b(row.data, digest_size=16).digest() for row in flat]
     if constant:
         problems.append(f"{constant:,} images are of one value all over")
-    _, first, group = np.unique(_as_keys(flat), return_index=True, return_inverse=True)
+    _, first, group = np.unique(np.array(keys, "V16"), return_index=True, return_inverse=True)
     if repeated := len(table) - len(first):
         problems.append(
             f"{repeated:,} rows repeat the image of another, which may put the same image on both sides of a split"
@@ -101,8 +108,3 @@ def _find_problems(table: Table, classes: Classes, counts: NDArray[np.int64]) ->
     if conflicting := int((table.labels != table.labels[first][group]).sum()):
         problems.append(f"{conflicting:,} of those have another label")
     return problems
-
-
-def _as_keys(flat: NDArray[np.uint8]) -> NDArray[np.void]:
-    """Rows (N, pixels) as values (N,) that can be compared whole."""
-    return np.ascontiguousarray(flat).view(np.dtype((np.void, flat.shape[1]))).ravel()

@@ -56,14 +56,13 @@ def feed_pixels(train: Batches, validation: Batches | None, preprocess: Preproce
 def feed_features(feed: Feed, network: ResNet, config: AugmentConfig, precision: Precision) -> Feed | None:
     """What the frozen stages make of all images, computed once, in place of the images of `feed`.
 
-    None where augmentation makes other images of them each time, or where this would take more than 2 GiB: mirroring
-    alone has two views, which are kept both.
+    None where augmentation makes other images of them each time, where the images are streamed, or where this would
+    take more than 2 GiB: mirroring alone has two views, which are kept both.
     """
-    views = count_views(config)
-    if views is None or not network.frozen:
+    views, images = count_views(config), feed.train.images
+    if views is None or not network.frozen or not isinstance(images, Tensor):
         return None
     first = len(network.frozen)
-    images = feed.train.images
     example = _pass_frozen(network, feed.prepare(images[:1], None, ALL), first, precision)
     if example.nbytes * len(images) * views > _REUSE_BYTES:
         return None

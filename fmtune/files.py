@@ -28,6 +28,10 @@ class File:
         return stream
 
     @property
+    def exists(self) -> bool:
+        return bool(self.system.get_file_info(self.path).type == fs.FileType.File)
+
+    @property
     def size(self) -> int:
         """Bytes, compressed if it is."""
         size: int = self.system.get_file_info(self.path).size

@@ -6,10 +6,10 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +23,16 @@ from fmtune.pictures import MODES, find_pictures, is_picture, read_picture
 from fmtune.readers import (
     Layout,
     Shape,
+    Table,
+    check_same_shape,
     fit_layout,
     format_of,
     idx_header_bytes,
+    labels_beside,
     open_csv,
+    pair_idx,
     parse_idx_header,
+    read_idx_labels,
     table_of_arrow,
     table_of_columns,
     to_tensors,
@@ -44,17 +49,21 @@ _UNZIPPED = 3
 """Bytes of pixels in a compressed byte of a table, about."""
 
 
+Block = TypeVar("Block", pa.Table, Table)
+"""Some rows: images to predict (`create_block`), or a labelled table."""
+
+
 @dataclass(frozen=True)
-class Piece:
+class Piece(Generic[Block]):
     """A part of a source.
 
     Attributes:
-        read: gives its rows in order as tables (`create_block`); may raise a DataError.
+        read: gives its rows in order, block by block; may raise a DataError.
         work: about how many bytes of files or of pixels have to be read, whichever are more.
-        blocks: about how many tables that makes.
+        blocks: about how many blocks that makes.
     """
 
-    read: Callable[[], Iterator[pa.Table]]
+    read: Callable[[], Iterator[Block]]
     work: int
     blocks: int = 1
 
@@ -70,8 +79,8 @@ def rows_of_block(shape: tuple[int, int, int]) -> int:
     return max(1, BLOCK_BYTES // math.prod(shape))
 
 
-def find_pieces(source: str, label: str | int, shape: tuple[int, int, int]) -> list[Piece]:
-    """The pieces of a source in the order of its rows; no more than first lines and headers is read.
+def find_pieces(source: str, label: str | int, shape: tuple[int, int, int]) -> list[Piece[pa.Table]]:
+    """The pieces of a source to predict in the order of its rows; no more than first lines and headers is read.
 
     Args:
         source: a folder of pictures, or a path, glob or URL of pictures or tables.
@@ -92,10 +101,38 @@ def find_pieces(source: str, label: str | int, shape: tuple[int, int, int]) -> l
     images = [file for file in files if "idx1" not in PurePosixPath(file.path).name]
     if not images:
         raise DataError(f"{source}: labels alone; name the images, such as train-images-idx3-ubyte.gz")
-    return [piece for file in images for piece in _split_table(file, layout, shape)]
+    pieces = []
+    for file in images:
+        with readable(file):
+            fitted = fit_layout(file, layout)
+        pieces += [replace(p, read=partial(_drop_labels, p.read)) for p in _split_table(file, fitted, shape, None)]
+    return pieces
 
 
-def _split_table(file: File, layout: Layout, shape: tuple[int, int, int]) -> list[Piece]:
+def find_labelled_pieces(files: Sequence[File], layout: Layout) -> list[Piece[Table]]:
+    """The pieces of files of labelled images, as `read_files` takes them, in the order of their rows.
+
+    Raises:
+        DataError: a file is of no known format, malformed, or of another shape than the first.
+    """
+    images, labels = pair_idx(files)
+    pieces: list[Piece[Table]] = []
+    shapes = [_shape_of(file, layout) for file in images]
+    for file, shape in zip(images, shapes, strict=True):
+        check_same_shape(file, shape, images[0], shapes[0])
+        if format_of(file) == "idx" and labels is None:
+            pieces += _split_table(file, layout, shape, labels_beside(file))
+        else:
+            pieces += _split_table(file, layout, shape, labels)
+    return pieces
+
+
+def _drop_labels(read: Callable[[], Iterator[Table]]) -> Iterator[pa.Table]:
+    return (create_block(table.images) for table in read())
+
+
+def _split_table(file: File, layout: Layout, shape: tuple[int, int, int], labels: File | None) -> list[Piece[Table]]:
+    """The pieces of a table; `labels` is the file of those of an IDX file, without which they are -1."""
     match format_of(file):
         case "csv":
             return _split_csv(file, layout)
@@ -103,12 +140,13 @@ def _split_table(file: File, layout: Layout, shape: tuple[int, int, int]) -> lis
             return _split_parquet(file, layout, shape)
         case "idx":
             work = file.size * (_UNZIPPED if file.path.endswith(".gz") else 1)
-            return [Piece(partial(_read_idx, file, shape, rows_of_block(shape)), work, 1 + work // BLOCK_BYTES)]
+            read = partial(_read_idx, file, labels, shape, rows_of_block(shape))
+            return [Piece(read, work, 1 + work // BLOCK_BYTES)]
 
 
-def _split_csv(file: File, layout: Layout) -> list[Piece]:
+def _split_csv(file: File, layout: Layout) -> list[Piece[Table]]:
     with readable(file):
-        csv, shape = open_csv(file, fit_layout(file, layout))
+        csv, shape = open_csv(file, layout)
         size = file.size
     # A pixel takes two to four characters, its comma included.
     step = 2 * BLOCK_BYTES
@@ -119,7 +157,7 @@ def _split_csv(file: File, layout: Layout) -> list[Piece]:
     return [Piece(partial(_read_csv, csv, shape, start, start + step), step // 2) for start in range(0, size, step)]
 
 
-def _read_csv(csv: Csv, shape: Shape, start: int, stop: int) -> Iterator[pa.Table]:
+def _read_csv(csv: Csv, shape: Shape, start: int, stop: int) -> Iterator[Table]:
     """The rows whose lines begin from byte `start` up to, but without, byte `stop`."""
     with readable(csv.file), csv.file.system.open_input_file(csv.file.path) as file:
         stream = io.BufferedReader(file)
@@ -134,7 +172,7 @@ def _read_csv(csv: Csv, shape: Shape, start: int, stop: int) -> Iterator[pa.Tabl
     yield from _parse_csv(csv, shape, text, is_first=start == 0)
 
 
-def _read_compressed_csv(csv: Csv, shape: Shape, step: int) -> Iterator[pa.Table]:
+def _read_compressed_csv(csv: Csv, shape: Shape, step: int) -> Iterator[Table]:
     raw: Any = csv.file.open()
     with readable(csv.file), io.BufferedReader(raw) as stream:
         is_first = True
@@ -143,21 +181,20 @@ def _read_compressed_csv(csv: Csv, shape: Shape, step: int) -> Iterator[pa.Table
             is_first = False
 
 
-def _parse_csv(csv: Csv, shape: Shape, text: bytes, *, is_first: bool) -> Iterator[pa.Table]:
+def _parse_csv(csv: Csv, shape: Shape, text: bytes, *, is_first: bool) -> Iterator[Table]:
     """The rows of whole lines; `is_first` if the file begins with them."""
     if is_first and csv.header is not None:
         text = text.partition(b"\n")[2]
     # Empty lines are passed over, but a text of nothing else is an error to the parser.
     if text and not text.isspace():
         table = csv.parse(pa.BufferReader(text), has_header=False)
-        yield create_block(table_of_columns(table, csv.label, shape).images)
+        yield table_of_columns(table, csv.label, shape)
 
 
-def _split_parquet(file: File, layout: Layout, shape: tuple[int, int, int]) -> list[Piece]:
+def _split_parquet(file: File, layout: Layout, shape: tuple[int, int, int]) -> list[Piece[Table]]:
     """Row groups, so many together that they make a block."""
     rows = rows_of_block(shape)
     with readable(file):
-        layout = fit_layout(file, layout)
         metadata = pq.read_metadata(file.path, filesystem=file.system)
     if metadata.num_rows == 0:
         raise DataError(f"{file.place}: no rows; expected one image a row")
@@ -172,25 +209,45 @@ def _split_parquet(file: File, layout: Layout, shape: tuple[int, int, int]) -> l
     return pieces
 
 
-def _read_parquet(file: File, layout: Layout, groups: Sequence[int], rows: int) -> Iterator[pa.Table]:
+def _read_parquet(file: File, layout: Layout, groups: Sequence[int], rows: int) -> Iterator[Table]:
     # With a buffer, a row group is not held whole before its first rows are given.
     with readable(file), pq.ParquetFile(file.path, filesystem=file.system, buffer_size=_BUFFER_BYTES) as parquet:
         for batch in parquet.iter_batches(rows, row_groups=list(groups)):
-            yield create_block(table_of_arrow(pa.Table.from_batches([batch]), layout, file.place).images)
+            yield table_of_arrow(pa.Table.from_batches([batch]), layout, file.place)
 
 
-def _read_idx(file: File, shape: tuple[int, int, int], rows: int) -> Iterator[pa.Table]:
+def _read_idx(file: File, labels: File | None, shape: tuple[int, int, int], rows: int) -> Iterator[Table]:
     with readable(file), file.open() as stream:
         count, *size = parse_idx_header(stream.read(idx_header_bytes(3)), 3, file.place)
         check_shape((1, *size), shape, file.place)
+        classes = np.full(count, -1) if labels is None else read_idx_labels(labels, count)
         for first in range(0, count, rows):
             expected = min(rows, count - first) * math.prod(shape)
             content = stream.read(expected)
             if len(content) < expected:
                 raise DataError(f"{file.place}: ends in image {first + len(content) // math.prod(shape)} of {count}")
-            yield create_block(np.frombuffer(content, np.uint8).reshape(-1, *shape))
+            yield Table(np.frombuffer(content, np.uint8).reshape(-1, *shape), classes[first : first + rows])
         if stream.read(1):
             raise DataError(f"{file.place}: more bytes than the {count} images that its header promises")
+
+
+def _shape_of(file: File, layout: Layout) -> tuple[int, int, int]:
+    """Shape (channels, height, width) of a table's images, by its first row or its header."""
+    with readable(file):
+        match format_of(file):
+            case "csv":
+                _, (height, width, channels) = open_csv(file, layout)
+                return channels, height, width
+            case "parquet":
+                with pq.ParquetFile(file.path, filesystem=file.system, buffer_size=_BUFFER_BYTES) as parquet:
+                    first = next(parquet.iter_batches(1), None)
+                rows = pa.Table.from_batches([] if first is None else [first], parquet.schema_arrow)
+                channels, height, width = table_of_arrow(rows, layout, file.place).images.shape[1:]
+                return channels, height, width
+            case "idx":
+                with file.open() as stream:
+                    _, height, width = parse_idx_header(stream.read(idx_header_bytes(3)), 3, file.place)
+                return 1, height, width
 
 
 def check_shape(found: tuple[int, ...], shape: tuple[int, int, int], place: str) -> None:
@@ -203,7 +260,7 @@ def check_shape(found: tuple[int, ...], shape: tuple[int, int, int], place: str)
         raise DataError(f"{place}: images are {found}; the model takes {shape} (channels, height, width)")
 
 
-def _split_pictures(files: Sequence[File], folder: str, shape: tuple[int, int, int]) -> list[Piece]:
+def _split_pictures(files: Sequence[File], folder: str, shape: tuple[int, int, int]) -> list[Piece[pa.Table]]:
     """Pictures, called by their place without the `folder` that it begins with."""
     if shape[0] not in MODES:
         raise DataError(f"{files[0].place}: pictures are grey or RGB, the model takes {shape[0]} channels; use a table")

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fmtune.checkpoint import save_training
+from fmtune.collectives import trim_transfers
 from fmtune.config import ResourcesConfig
 from fmtune.errors import FmtuneError
 from fmtune.failures import DEATHS
@@ -158,4 +159,4 @@ class _Worker:
 
     def _distribute(self, network: nn.Module) -> nn.Module:
         devices = [torch.cuda.current_device()] if self._device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=devices)
+        return trim_transfers(DistributedDataParallel(network, device_ids=devices))

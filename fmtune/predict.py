@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fmtune.batches import Batches
+from fmtune.batches import Batches, place_images
 from fmtune.checkpoint import load_model
 from fmtune.classifier import TrainedModel
 from fmtune.config import DataConfig
@@ -29,6 +29,7 @@ from fmtune.readers import Layout, Table
 from fmtune.rows import Predictor, check_output, write_rows
 from fmtune.run import RunFolder, find_run
 from fmtune.space import Space
+from fmtune.stored import Images, StoredImages, StoredTable
 from fmtune.training import Evaluation
 from fmtune.training import evaluate as evaluate_batches
 
@@ -149,13 +150,24 @@ class MirrorMean(nn.Module):
 
 
 def evaluate_model(
-    model: TrainedModel, images: NDArray[np.uint8], labels: NDArray[np.int64], *, tta: bool = False
+    model: TrainedModel,
+    images: Images,
+    labels: NDArray[np.int64],
+    rows: NDArray[np.int64] | None = None,
+    *,
+    tta: bool = False,
 ) -> Evaluation:
-    """Loss and confusion in fp32 over uint8 images (N, C, H, W) and class indices (N,); `tta` as in `evaluate`."""
+    """Loss and confusion in fp32 over uint8 images (N, C, H, W) and class indices (N,), or those of `rows`, ascending.
+
+    `tta` as in `evaluate`.
+    """
     device = next(model.network.parameters()).device
-    tensors = torch.tensor(images, device=device), torch.tensor(labels, device=device)
+    if rows is not None and not isinstance(images, StoredImages):
+        images, labels, rows = images[rows], labels[rows], None
+    chosen = torch.arange(len(images)) if rows is None else torch.tensor(rows)
     network = MirrorMean(model.network) if tta else model.network
-    return evaluate_batches(network, model.preprocess, Batches(*tensors, torch.arange(len(images), device=device)))
+    batches = Batches(place_images(images, device), torch.tensor(labels, device=device), chosen)
+    return evaluate_batches(network, model.preprocess, batches)
 
 
 def wilson_interval(correct: int, images: int) -> tuple[float, float]:
@@ -181,7 +193,7 @@ def _describe_class(model: TrainedModel, confusion: NDArray[np.int64], i: int) -
     }
 
 
-def _load_labelled(data: Source, model: TrainedModel, label: str | int) -> Table:
+def _load_labelled(data: Source, model: TrainedModel, label: str | int) -> Table | StoredTable:
     shape = _table_shape(model)
     if isinstance(data, str | Path):
         return load_split(DataConfig(train=str(data), label=label, shape=shape), "test").table
@@ -200,7 +212,7 @@ def _table_shape(model: TrainedModel) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def _find_pieces(source: str, label: str | int, model: TrainedModel) -> list[Piece]:
+def _find_pieces(source: str, label: str | int, model: TrainedModel) -> list[Piece[pa.Table]]:
     if source in NAMES:
         return [Piece(partial(_read_named, source, model.shape), work=0)]
     return find_pieces(source, label, model.shape)

@@ -69,19 +69,35 @@ def read_files(files: Sequence[File], layout: Layout) -> Table:
     Raises:
         DataError: a file is of no known format, malformed, or of another shape than the first.
     """
-    if len(files) == 2 and [("idx1" in file.path) for file in files] in ([False, True], [True, False]):
-        images, labels = sorted(files, key=lambda file: "idx1" in file.path)
-        return _read_idx_pair(images, labels)
-    tables = [_read_file(file, layout) for file in files]
+    images, labels = pair_idx(files)
+    tables = [_read_file(file, layout, labels) for file in images]
     if len(tables) == 1:
         return tables[0]
-    for file, table in zip(files, tables, strict=True):
-        if table.images.shape[1:] != tables[0].images.shape[1:]:
-            raise DataError(
-                f"{file.place}: images are {_shape_text(table.images)}, "
-                f"those of {files[0].place} are {_shape_text(tables[0].images)}; all must be of one shape"
-            )
+    shapes = [table.images.shape[1:] for table in tables]
+    for file, shape in zip(images, shapes, strict=True):
+        check_same_shape(file, shape, images[0], shapes[0])
     return Table(np.concatenate([t.images for t in tables]), np.concatenate([t.labels for t in tables]))
+
+
+def pair_idx(files: Sequence[File]) -> tuple[Sequence[File], File | None]:
+    """The files with images, and if there is one only and it is IDX, the file of its labels that came with it."""
+    labels = [file for file in files if "idx1" in file.path]
+    if len(files) == 2 and len(labels) == 1:
+        return [file for file in files if file not in labels], labels[0]
+    return files, None
+
+
+def check_same_shape(file: File, shape: tuple[int, ...], first: File, expected: tuple[int, ...]) -> None:
+    """Refuse a file whose images are of another shape (channels, height, width) than those of the first one.
+
+    Raises:
+        DataError: they are.
+    """
+    if shape != expected:
+        raise DataError(
+            f"{file.place}: images are {_shape_text(shape)}, those of {first.place} are {_shape_text(expected)}; all "
+            "must be of one shape"
+        )
 
 
 def fit_layout(file: File, layout: Layout) -> Layout:
@@ -108,10 +124,10 @@ def _count_columns(file: File) -> int:
 def complete_idx(files: Sequence[File]) -> list[File]:
     """The files, and beside a single IDX file of images that of its labels."""
     is_images = len(files) == 1 and "images-idx3" in files[0].path
-    return [*files, _labels_beside(files[0])] if is_images else list(files)
+    return [*files, labels_beside(files[0])] if is_images else list(files)
 
 
-def _read_file(file: File, layout: Layout) -> Table:
+def _read_file(file: File, layout: Layout, labels: File | None) -> Table:
     with readable(file):
         match format_of(file):
             case "csv":
@@ -119,7 +135,7 @@ def _read_file(file: File, layout: Layout) -> Table:
             case "parquet":
                 return _read_parquet(file, layout)
             case "idx":
-                return _read_idx_pair(file, _labels_beside(file))
+                return _read_idx_pair(file, labels or labels_beside(file))
 
 
 def _read_csv(file: File, layout: Layout) -> Table:
@@ -240,7 +256,12 @@ def _shape_of_tensor(shape: tuple[int, ...], place: str) -> Shape:
     raise DataError(f"{place}: tensors of shape {shape}; expected (height, width) or (height, width, channels)")
 
 
-def _labels_beside(images: File) -> File:
+def labels_beside(images: File) -> File:
+    """The file of an IDX file's labels, by the name that the format's data sets give it.
+
+    Raises:
+        DataError: the images' name is of another form.
+    """
     if "images-idx3" not in images.path:
         raise DataError(f"{images.place}: an IDX file alone; name the images, such as train-images-idx3-ubyte.gz")
     path, place = (text.replace("images-idx3", "labels-idx1") for text in (images.path, images.place))
@@ -248,10 +269,20 @@ def _labels_beside(images: File) -> File:
 
 
 def _read_idx_pair(images: File, labels: File) -> Table:
-    pixels, classes = _read_idx(images, 3), _read_idx(labels, 1)
-    if len(pixels) != len(classes):
-        raise DataError(f"{labels.place}: {len(classes)} labels; expected {len(pixels)}, one for each image")
-    return Table(pixels[:, None], classes.astype(np.int64))
+    pixels = _read_idx(images, 3)
+    return Table(pixels[:, None], read_idx_labels(labels, len(pixels)))
+
+
+def read_idx_labels(file: File, images: int) -> NDArray[np.int64]:
+    """The labels (N,) of so many images.
+
+    Raises:
+        DataError: the file is no such IDX file, or has another number of them.
+    """
+    labels = _read_idx(file, 1)
+    if len(labels) != images:
+        raise DataError(f"{file.place}: {len(labels)} labels; expected {images}, one for each image")
+    return labels.astype(np.int64)
 
 
 def _read_idx(file: File, dimensions: int) -> NDArray[np.uint8]:
@@ -317,8 +348,8 @@ def _to_nchw(rows: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
     return np.ascontiguousarray(rows.reshape(-1, *shape).transpose(0, 3, 1, 2))
 
 
-def _shape_text(images: NDArray[np.uint8]) -> str:
-    channels, height, width = images.shape[1:]
+def _shape_text(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
     return f"{height} x {width} x {channels}"
 
 

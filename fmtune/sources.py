@@ -31,6 +31,21 @@ def find_files(source: str) -> list[File]:
     return [File(fs.LocalFileSystem(), os.path.abspath(path), path) for path in files]
 
 
+def open_place(place: str) -> File:
+    """The file at a path or URL, which need not be there yet.
+
+    Raises:
+        DataError: the URL is of no file system, or it can't be reached.
+    """
+    if not is_url(place):
+        return File(fs.LocalFileSystem(), os.path.abspath(place), place)
+    try:
+        system, path = fs.FileSystem.from_uri(place)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{place}: can't be reached ({error})") from None
+    return File(system, path, place)
+
+
 def _find_remote_files(source: str) -> list[File]:
     root = source.rpartition("/")[0] if glob.has_magic(source) else source
     try:

@@ -22,6 +22,7 @@ from fmtune.outlook import describe_outlook, look_ahead
 from fmtune.paired import compare_paired, describe_chance
 from fmtune.predict import Measured, evaluate_model, wilson_interval
 from fmtune.run import RunFolder, TrialRecord
+from fmtune.stored import Images
 from fmtune.training import EpochMetrics, Evaluation
 from fmtune.view import describe_values, format_seconds
 
@@ -151,7 +152,7 @@ def _measure_test(context: RunContext, choice: Choice, summary: dict[str, Any]) 
     return Measured(choice.model, best).as_dict() | _examine(best, loaded.table.images, labels)
 
 
-def _examine(evaluation: Evaluation, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> dict[str, Any]:
+def _examine(evaluation: Evaluation, images: Images, labels: NDArray[np.int64]) -> dict[str, Any]:
     predicted, confidence = evaluation.predicted.cpu().numpy(), evaluation.confidence.cpu().numpy()
     return {
         "calibration": asdict(measure_calibration(confidence, predicted == labels)),
@@ -163,8 +164,8 @@ def _measure_own(context: RunContext, choice: Choice) -> dict[str, float | None]
     """What the saved weights reach on the validation rows; None after a refit, which has trained on them."""
     if choice.is_refit:
         return {"val_accuracy": None, "val_loss": None}
-    data, rows = context.data, context.data.validation_rows
-    evaluation = evaluate_model(choice.model, data.images[rows], data.labels[rows])
+    data = context.data
+    evaluation = evaluate_model(choice.model, data.images, data.labels, data.validation_rows)
     return {"val_accuracy": evaluation.accuracy, "val_loss": evaluation.loss}
 
 

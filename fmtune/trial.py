@@ -20,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from torch import Tensor
+from torch import Tensor, nn
 
-from fmtune.batches import Batches
+from fmtune.batches import Batches, place_images
 from fmtune.checkpoint import create_preprocess, load_training, save_training
+from fmtune.collectives import trim_transfers
 from fmtune.config import ResourcesConfig, TrialConfig
 from fmtune.data import TrainingData, to_arrow, weights_folder
 from fmtune.errors import FmtuneError
@@ -31,6 +32,8 @@ from fmtune.failures import DEATHS
 from fmtune.model import Pixels, create_model
 from fmtune.pretrained import load_pretrained
 from fmtune.storage import fetch
+from fmtune.stored import Images, StoredImages, StoredTable
+from fmtune.streaming import ImageStream
 from fmtune.training import Distribute, EpochMetrics, Report, Training, TrainingState
 
 
@@ -72,11 +75,12 @@ class Task:
 class SharedData:
     """The training data as all trials share them: one Ray Dataset, and which of its rows each part has.
 
-    `key` names the content, so that a process that has it on its device need not fetch it again.
+    Images that stay in the cache are read from there by each process. `key` names the content, so that a process that
+    has it on its device need not fetch it again.
     """
 
     key: str
-    dataset: ray.data.Dataset
+    dataset: ray.data.Dataset | StoredTable
     train_rows: NDArray[np.int64]
     validation_rows: NDArray[np.int64]
     pixels: Pixels
@@ -84,8 +88,12 @@ class SharedData:
 
     @classmethod
     def of(cls, data: TrainingData) -> SharedData:
-        """Put the images into Ray's object store."""
-        dataset = ray.data.from_arrow(to_arrow(data.images, data.labels))
+        """Put the images into Ray's object store, or tell where in the cache they stay."""
+        dataset: ray.data.Dataset | StoredTable
+        if isinstance(data.images, StoredImages):
+            dataset = StoredTable(data.images, data.labels)
+        else:
+            dataset = ray.data.from_arrow(to_arrow(data.images, data.labels))
         key = f"{data.loaded.key}-{len(data.images)}"
         return cls(key, dataset, data.train_rows, data.validation_rows, data.pixels, len(data.classes))
 
@@ -183,10 +191,15 @@ def _run_worker(config: dict[str, Any]) -> None:
 
 
 def _train(task: Task, shared: SharedData, device: torch.device, rank: int, workers: int, report: Report) -> None:
-    distribute = ray.train.torch.prepare_model if workers > 1 else None
+    distribute = _distribute if workers > 1 else None
     training = create_training(task, shared, device, rank, workers, distribute)
     while training.state.epoch < task.config.epochs:
         report(training.run_epoch(), training.state)
+
+
+def _distribute(network: nn.Module) -> nn.Module:
+    """A network as Ray Train's workers train it together."""
+    return trim_transfers(ray.train.torch.prepare_model(network))
 
 
 def create_training(
@@ -205,8 +218,10 @@ def create_training(
     config = task.config
     images, labels = tensors_on_device(shared, device)
     rows = np.union1d(shared.train_rows, shared.validation_rows) if task.rows == "all" else shared.train_rows
-    train = Batches(images, labels, torch.tensor(rows, device=device), rank, workers)
-    validation = replace(train, rows=torch.tensor(shared.validation_rows, device=device))
+    # The rows of a stream are looked up on the CPU.
+    place = device if isinstance(images, Tensor) else torch.device("cpu")
+    train = Batches(images, labels, torch.tensor(rows, device=place), rank, workers)
+    validation = replace(train, rows=torch.tensor(shared.validation_rows, device=place))
     torch.manual_seed(task.seed)
     network = create_model(config.model, shared.pixels.channels, shared.classes)
     if config.model.pretrained is not None and task.resume_from is None:
@@ -248,21 +263,24 @@ def set_threads(resources: ResourcesConfig) -> None:
     torch.set_num_threads(max(1, math.floor(resources.cpus or 1)))
 
 
-_held: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+_held: dict[tuple[str, torch.device], tuple[Tensor | ImageStream, Tensor]] = {}
 """The data set that this process has on its device: trials that follow one another share it."""
 
 
-def tensors_on_device(shared: SharedData, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images uint8 (N, C, H, W) and labels int64 (N,), fetched once for a process and device."""
+def tensors_on_device(shared: SharedData, device: torch.device) -> tuple[Tensor | ImageStream, Tensor]:
+    """Images uint8 (N, C, H, W), or a stream of them, and labels int64 (N,), fetched once for a process and device."""
     key = (shared.key, device)
     if key not in _held:
         _held.clear()
-        table = pa.concat_tables(ray.get(shared.dataset.to_arrow_refs())).combine_chunks()
-        tensors = table.column("image").chunk(0)
-        images = tensors.storage.flatten().to_numpy().reshape(-1, *tensors.type.shape)
-        labels = table.column("label").to_numpy()
-        # A copy: the object store's memory is read-only, which torch's tensors can't express.
-        _held[key] = (torch.tensor(images, device=device), torch.tensor(labels, device=device))
+        images: Images
+        if isinstance(shared.dataset, StoredTable):
+            images, labels = shared.dataset.images, shared.dataset.labels
+        else:
+            table = pa.concat_tables(ray.get(shared.dataset.to_arrow_refs())).combine_chunks()
+            tensors = table.column("image").chunk(0)
+            images = tensors.storage.flatten().to_numpy().reshape(-1, *tensors.type.shape)
+            labels = table.column("label").to_numpy()
+        _held[key] = (place_images(images, device), torch.tensor(labels, device=device))
     return _held[key]
 
 

@@ -1,6 +1,6 @@
 """Fine-tuning from half of the classes to the other half, by frozen stages, against training from scratch.
 
-    python benchmarks/transfer.py [--seeds 5] [--threads 2]
+    python benchmarks/transfer.py [--seeds 5] [--threads 2] [--counts 20 100 500]
 
 Pretrains the default configuration on five classes of Fashion-MNIST (T-shirt to coat), then trains on the other five
 (sandal to ankle boot) with 20, 100 and 500 images a class: from scratch, and from those weights with 0 to 5 stages
@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--counts", type=int, nargs="+", choices=EPOCHS, default=list(EPOCHS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     images, labels = load("train", 0)
@@ -112,7 +113,7 @@ def main() -> None:
         save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
         ways = {SCRATCH: ModelConfig()}
         ways |= {f"freeze {freeze}": ModelConfig(pretrained=path, freeze=freeze) for freeze in range(6)}
-        for count in EPOCHS:
+        for count in options.counts:
             compare(ways, pixels, count, options.seeds)
 
 

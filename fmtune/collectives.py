@@ -57,7 +57,7 @@ def trim_transfers(network: DistributedDataParallel) -> DistributedDataParallel:
     return network
 
 
-def _average(bucket: dist.GradBucket) -> Future[Tensor]:
+def _average(bucket: Any) -> Future[Tensor]:
     gradients = bucket.buffer()
     sum_over_workers(gradients)
     averaged: Future[Tensor] = Future()

@@ -20,6 +20,9 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+# By default a process that has nothing to do is ended after a second where there are more of them than CPUs: in a long
+# prediction those that read were started anew all the time, two seconds of a CPU for each.
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 
 import optuna
 import ray

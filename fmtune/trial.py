@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fmtune.batches import Batches, place_images
 from fmtune.checkpoint import create_preprocess, load_training, save_training
@@ -199,7 +200,7 @@ def _train(task: Task, shared: SharedData, device: torch.device, rank: int, work
 
 def _distribute(network: nn.Module) -> nn.Module:
     """A network as Ray Train's workers train it together."""
-    return trim_transfers(ray.train.torch.prepare_model(network))
+    return trim_transfers(cast(DistributedDataParallel, ray.train.torch.prepare_model(network)))
 
 
 def create_training(

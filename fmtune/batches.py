@@ -87,7 +87,8 @@ class Batches:
         if isinstance(self.images, ImageStream):
             return (torch.from_numpy(images).to(self.device) for images in self.images.take(batches))
         held = self.images
-        return (held[rows] for rows in batches)
+        # Several times as fast as indexing, which copies byte by byte.
+        return (held.index_select(0, rows) for rows in batches)
 
 
 def count_trained(rows: int, batch_size: int, drop_last: bool) -> int:

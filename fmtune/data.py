@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _CACHE_FORMAT = 3
 """Part of each cached table's key: raise it when what is stored for a source changes."""
 _UNPACKED = 10
 """Bytes of pixels that a byte of a compressed file may hold; in other files it is one at most."""
+_PART_BYTES = 16 * 2**20
+"""Bytes of pixels that are looked at together."""
 MEMORY = "memory:"
 """What the source of a table that was given in memory begins with; the rest is its key in the cache."""
 
@@ -250,10 +253,14 @@ def measure_pixels(images: Images, resize: int | None = None, rows: NDArray[np.i
 
 
 def blocks_of(images: Images, rows: NDArray[np.int64] | None = None) -> Iterator[NDArray[np.uint8]]:
-    """The images of ascending rows, or of all, in parts that fit in memory."""
+    """The images of ascending rows, or of all, in parts of some megabytes."""
     if isinstance(images, StoredImages):
-        return images.blocks(rows)
-    return iter([images if rows is None else images[rows]])
+        yield from images.blocks(rows)
+        return
+    step = max(1, _PART_BYTES // math.prod(images.shape[1:]))
+    for first in range(0, len(images if rows is None else rows), step):
+        part = slice(first, first + step)
+        yield images[part if rows is None else rows[part]]
 
 
 def to_arrow(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> pa.Table:
@@ -278,7 +285,9 @@ def _load_kept(source: str, memory: int) -> Loaded:
     key = source.removeprefix(MEMORY)
     cached = _cached(key)
     if not cached.exists:
-        raise DataError(f"{source}: given in memory once, and not in the cache ({cached.place}); give the data again")
+        raise DataError(
+            f"{source}: given in memory once, and not in the cache ({cached.place}); give the same data again"
+        )
     return Loaded(read_table(cached, memory), source, f"given in memory, kept in {cached.place}", key)
 
 

@@ -30,6 +30,8 @@ Scalar = bool | int | float | str | None
 """A value of a trial's configuration."""
 FINALIST_ROUNDS = 5
 """Fresh seeds that each finalist is retrained with at most."""
+_SECRETS = ("access_key", "secret_key", "password")
+"""What the query of a URL calls a secret."""
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -103,7 +105,7 @@ class Config(BaseModel):
 def has_credentials(place: str) -> bool:
     """Whether a URL carries a name, a password or a key, which would be written wherever the URL is."""
     url = urlsplit(place) if "://" in place else None
-    return url is not None and ("@" in url.netloc or "access_key" in url.query or "secret_key" in url.query)
+    return url is not None and ("@" in url.netloc or any(word in url.query for word in _SECRETS))
 
 
 def refuse_credentials(source: str) -> str:
@@ -111,6 +113,14 @@ def refuse_credentials(source: str) -> str:
     if has_credentials(source):
         raise ValueError("credentials in it would be written to the run folder; leave them to the environment")
     return source
+
+
+def _check_database(place: str) -> str:
+    if not place.startswith("postgresql://"):
+        raise ValueError("should be a database such as postgresql://host/name")
+    if has_credentials(place):
+        raise ValueError("credentials in it would be written to the run folder; leave them to PGUSER and PGPASSWORD")
+    return place
 
 
 class DataConfig(Config):
@@ -157,6 +167,8 @@ class SearchConfig(Config):
     """Leaders retrained to the end with fresh seeds before one is chosen; 0 and 1 take the leader as it is."""
     tries: Annotated[tuple[dict[str, Any], ...], Field(alias="try", strict=False)] = ()
     """Values of ranges to start with, each entry like `trial`; what an entry leaves out is drawn."""
+    storage: Annotated[str, AfterValidator(_check_database)] | None = None
+    """Database of a study that several runs share, postgresql://HOST/NAME; null keeps it in the run folder."""
     refit: bool = True
     """Whether the winner is trained once more on the training and validation rows together."""
     seed: NonNegativeInt = 0

@@ -14,6 +14,8 @@ import optuna
 from fmtune.errors import InputError, RunFolderError
 from fmtune.extras import import_extra
 from fmtune.run import RunFolder
+from fmtune.space import Space
+from fmtune.study import open_storage
 
 _HOST = "127.0.0.1"
 
@@ -36,10 +38,14 @@ def create_dashboard(folder: RunFolder, port: int) -> WSGIServer:
         InputError: the run has no study yet, optuna-dashboard is not installed, or the port can't be had.
     """
     dashboard = import_extra("dashboard", "optuna_dashboard", "optuna-dashboard", "dashboard")
-    if not folder.study.exists():
+    space = Space.load(folder.space)
+    if space.search.storage is not None:
+        storage = open_storage(space, folder)
+    elif folder.study.exists():
+        # Read-only, so that no click on the page changes or deletes the study of a run.
+        storage = optuna.storages.RDBStorage(f"sqlite:///file:{folder.study.resolve()}?mode=ro&uri=true")
+    else:
         raise RunFolderError(f"{folder.path}: no study.db yet; a run makes it with its first trial")
-    # Read-only, so that no click on the page changes or deletes the study of a run.
-    storage = optuna.storages.RDBStorage(f"sqlite:///file:{folder.study.resolve()}?mode=ro&uri=true")
     try:
         return make_server(_HOST, port, dashboard.wsgi(storage), server_class=_Server, handler_class=_Handler)
     except OSError as error:

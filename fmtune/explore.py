@@ -16,10 +16,11 @@ from fmtune.context import RunContext
 from fmtune.probe import count_operations
 from fmtune.room import count_slots, measure_capacity
 from fmtune.run import State, TrialRecord
+from fmtune.study import CAUSE, STUDY, RunTrials, fail, open_storage, tell
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
 from fmtune.trial import Task, task_name
-from fmtune.tuner import CAUSE, STUDY, StudySearch, Until, create_scheduler, fail, run_trials, tell
+from fmtune.tuner import StudySearch, Until, create_scheduler, run_trials
 
 _BASELINE_SHARE = 0.25
 """Part of the time that the baseline may take."""
@@ -41,13 +42,14 @@ class Exploration:
         self._records = context.board.records
         self._failures: list[str] = []
         self._trials = _TrialsFile(context)
+        self._own = RunTrials(None if context.space.search.storage is None else context.folder.run_id)
         self._study: optuna.Study
 
     def run(self) -> None:
         """Run trials until there are enough of them, or the rest of the time is needed for what follows."""
         context = self._context
         context.board.phase = "searching" if context.board.has_baseline else "training"
-        storage = optuna.storages.RDBStorage(f"sqlite:///{context.folder.study.resolve()}")
+        storage = open_storage(context.space, context.folder)
         self._restore(storage)
         earlier = [record for record in self._records.values() if record.state != "running"]
         interrupted = [record for record in self._records.values() if record.state == "running"]
@@ -55,10 +57,11 @@ class Exploration:
         searcher = StudySearch(
             context.space,
             storage,
-            len(self._records),
+            self._own,
             tasks,
             self._timing.can_begin,
             lambda config: config.epochs * count_operations(config, context.data),
+            len(self._records),
         )
         self._study = searcher.study
         self._board.capacity = measure_capacity(context.space.resources)
@@ -79,6 +82,7 @@ class Exploration:
                 can_grow=context.can_grow,
             )
         self._close_running()
+        self._note_others()
 
     def on_start(self, task: Task) -> None:
         record = self._record_of(task)
@@ -104,7 +108,7 @@ class Exploration:
         record.cause = cause if record.history or cause else "ended without a result"
         if record.cause:
             record.state = "failed"
-            fail(self._study, record.number, record.cause)
+            fail(self._study, self._own.study_number(record.number), record.cause)
             self._count_failure(record.cause)
         else:
             self._failures.clear()
@@ -134,24 +138,25 @@ class Exploration:
             study = optuna.load_study(study_name=STUDY, storage=storage)
         except KeyError:  # no study yet
             return
-        for trial in study.get_trials(deepcopy=False):
-            config = self._config_of(trial)
+        for trial in self._own.restore(study):
+            number = self._own.number_of(trial)
+            config = self._config_of(number, trial)
             if config is None:
                 if not trial.state.is_finished():
                     fail(study, trial.number, "interrupted before it began")
                 continue
-            record = TrialRecord(trial.number, config, self._context.space.params_of(config))
-            record.history = history.get(trial.number, [])
+            record = TrialRecord(number, config, self._context.space.params_of(config))
+            record.history = history.get(number, [])
             self._restore_checkpoint(record)
             self._restore_state(record, trial, study)
-            self._records[trial.number] = record
+            self._records[number] = record
             if record.state != "running":
-                self._board.ended.append(trial.number)
+                self._board.ended.append(number)
 
-    def _config_of(self, trial: FrozenTrial) -> TrialConfig | None:
+    def _config_of(self, number: int, trial: FrozenTrial) -> TrialConfig | None:
         """None where the driver was killed while the trial's values were drawn: it has some of them, or none."""
         space = self._context.space
-        if trial.number == 0:
+        if number == 0:
             return space.baseline
         try:
             config = space.trial_config(trial.params)
@@ -182,7 +187,7 @@ class Exploration:
         if record.cause or len(record.history) < record.config.epochs or value is None:
             return
         if record.state == "running":
-            tell(space, study, record.number, value, is_done=True)
+            tell(space, study, trial.number, value, is_done=True, is_baseline=record.number == 0)
             self._context.tracking.start_trial(record.number, record.config)
             self._context.tracking.end_trial(record.number, "complete")
         record.state = "complete"
@@ -209,13 +214,24 @@ class Exploration:
     def _close_running(self) -> None:
         """Count trials that the end of the time cut off as stopped early, here and in the study."""
         for trial in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            self._study.tell(trial.number, state=TrialState.PRUNED)
+            if self._own.has(trial):
+                self._study.tell(trial.number, state=TrialState.PRUNED)
         self._board.in_flight.clear()
         for record in self._records.values():
             if record.state == "running":
                 record.state = "pruned"
                 self._board.ended.append(record.number)
         self._trials.write()
+
+    def _note_others(self) -> None:
+        """Tell of another run of the study where that has come to a better value."""
+        best, board = self._board.best, self._board
+        finished = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        values = [trial.value for trial in finished if trial.value is not None and not self._own.has(trial)]
+        if values and best is not None:
+            value, own = max(values) if board.larger else min(values), board.value(best)
+            if own is None or (value > own if board.larger else value < own):
+                self._context.view.note(f"another run of the study has come to {board.metric} {value:.4f}")
 
 
 class _TrialsFile:

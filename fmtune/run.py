@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -93,7 +94,7 @@ class RunFolder:
         folder.space.write_text(space_yaml, encoding="utf-8")
         if folder.history.exists():
             return folder
-        write_json(folder.environment, describe_environment())
+        write_json(folder.environment, {"run": uuid.uuid4().hex} | describe_environment())
         with folder.history.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(HISTORY_COLUMNS)
         return folder
@@ -109,6 +110,11 @@ class RunFolder:
         if not folder.space.exists():
             raise RunFolderError(f"{path}: no run folder there; see `fmtune list`")
         return folder
+
+    @property
+    def run_id(self) -> str:
+        """What tells this run from all others, 32 hexadecimal digits."""
+        return str(read_json(self.environment)["run"])
 
     def append_history(self, number: int, metrics: EpochMetrics) -> None:
         """Add an epoch of a trial to history.csv."""

@@ -27,6 +27,7 @@ from fmtune.run import RunFolder
 from fmtune.session import interruptible, quiet, ray_session
 from fmtune.space import Space
 from fmtune.storage import Storage, check_storage
+from fmtune.study import check_study
 from fmtune.summary import conclude
 from fmtune.timing import Timing, read_clock, write_clock
 from fmtune.trackers import connect_trackers, track
@@ -163,6 +164,7 @@ def run_space(
     # A Ray that somebody else uses too has no room to take whole.
     is_own = address is None and not ray.is_initialized()
     folder = RunFolder(path)
+    check_study(space, folder)
     board = _create_board(space, data, folder, started - read_clock(folder))
     try:
         with (

@@ -110,18 +110,19 @@ class Space:
                 drawn[key] = searched.suggest(trial, key)
         return drawn
 
-    def planned(self, startup: int, cost: Callable[[TrialConfig], float]) -> dict[int, dict[str, Scalar]]:
+    def planned(self, startup: int, cost: Callable[[TrialConfig], float], seed: int) -> dict[int, dict[str, Scalar]]:
         """Values that trials are to take before the sampler is asked, by the trial's number and dotted key.
 
         Args:
             startup: random draws after those of `search.try`, the cheapest first: they soon tell something of the
                 space. A grid goes by its own order.
             cost: of a training.
+            seed: of the draws.
         """
         if self.search.sampler == "grid":
             points = self.grid()
         else:
-            draws = _RandomDraws(self.search.seed)
+            draws = _RandomDraws(seed)
             drawn = [self.suggest(draws) for _ in range(startup if self.ranges else 0)]
             points = [dict(leaves(one)) for one in self.search.tries]
             points += sorted(drawn, key=lambda values: cost(self.trial_config(values)))

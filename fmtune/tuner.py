@@ -23,14 +23,11 @@ from fmtune.pool import PooledTrial
 from fmtune.room import count_slots
 from fmtune.run import TrialRecord
 from fmtune.space import Space
+from fmtune.study import STUDY, RunTrials, tell
 from fmtune.tensorboard import EventFiles
 from fmtune.training import EpochMetrics
 from fmtune.trial import SharedData, Task, create_task, derive_seed, run_trial, trial_resources, worker_resources
 
-STUDY = "fmtune"
-"""Name of the Optuna study in study.db."""
-CAUSE = "cause"
-"""User attribute of a trial of the study: what it died of."""
 _SAMPLER = 1_000_000_000
 """Stands for the sampler where trials have their number, in the derivation of seeds."""
 _STARTUP_TRIALS = 8
@@ -68,31 +65,35 @@ class StudySearch(_NotStored, OptunaSearch):
     """Ray's OptunaSearch over a `Space`: trial 0 is the baseline, interrupted trials come before fresh ones.
 
     `has_time` is asked before each trial, and ends the search without ending those in flight. `cost` of a training
-    orders the random trials that the sampler starts from.
+    orders the random trials that the sampler starts from; so many trials of the run have been started before.
 
-    An Optuna trial ends COMPLETE where it reached its last epoch, PRUNED where it was stopped before, FAIL (by `fail`)
-    where it died. The baseline lies outside the ranges and has no parameters. TPE passes over such a trial; CMA-ES and
-    the Gaussian process search the parameters that all finished trials have in common, so theirs is set FAIL.
+    An Optuna trial ends COMPLETE where it reached its last epoch, PRUNED where it was stopped before, FAIL (by
+    `study.fail`) where it died.
     """
 
     def __init__(
         self,
         space: Space,
         storage: optuna.storages.BaseStorage,
-        started: int,
+        own: RunTrials,
         interrupted: Sequence[Task],
         has_time: Callable[[], bool],
         cost: Callable[[TrialConfig], float],
+        started: int,
     ) -> None:
+        seed = own.seed_of(space.search.seed)
+        plan = space.planned(_STARTUP_TRIALS, cost, seed)
+        # A search that goes on must not draw again what it has drawn.
+        sampler = create_sampler(space, derive_seed(seed, _SAMPLER, started))
         super().__init__(
             space=space.suggest,
             metric=space.search.metric,
             mode=space.search.mode,
-            sampler=Planned(space.planned(_STARTUP_TRIALS, cost), create_sampler(space, started)),
+            sampler=Planned(plan, own.number_of, sampler),
             storage=storage,
             study_name=STUDY,
         )
-        self._searched = space
+        self._searched, self._own = space, own
         self._interrupted = list(interrupted)
         self._has_time = has_time
         self._tasks: dict[str, Task] = {}
@@ -109,7 +110,7 @@ class StudySearch(_NotStored, OptunaSearch):
             return Searcher.FINISHED  # type: ignore[return-value]
         if self._interrupted:
             task = self._interrupted.pop(0)
-            stored = self.study.get_trials(deepcopy=False)[task.trial_number]
+            stored = self.study.get_trials(deepcopy=False)[self._own.study_number(task.trial_number)]
             self._ot_trials[trial_id] = optuna.trial.Trial(self.study, stored._trial_id)
         else:
             asked = self.study.ask()
@@ -119,11 +120,11 @@ class StudySearch(_NotStored, OptunaSearch):
         return task.as_dict()
 
     def _create_task(self, asked: optuna.Trial) -> Task:
-        space = self._searched
-        if asked.number == 0 and not space.is_single:
+        space, number = self._searched, self._own.add(asked)
+        if number == 0 and not space.is_single:
             asked.set_user_attr("baseline", True)
-        config = space.baseline if asked.number == 0 else space.trial_config(space.suggest(asked))
-        return create_task(space.search.seed, asked.number, config)
+        config = space.baseline if number == 0 else space.trial_config(space.suggest(asked))
+        return create_task(space.search.seed, number, config)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._report(trial_id, result)
@@ -135,7 +136,8 @@ class StudySearch(_NotStored, OptunaSearch):
             return
         # Tune keeps the result that a trial is stopped at from `on_trial_result`.
         self._report(trial_id, result)
-        tell(self._searched, self.study, asked.number, result[self.metric], result["epoch"] == task.config.epochs)
+        value, is_done = result[self.metric], result["epoch"] == task.config.epochs
+        tell(self._searched, self.study, asked.number, value, is_done=is_done, is_baseline=task.number == 0)
 
     def _report(self, trial_id: str, result: dict[str, Any]) -> None:
         if self._reported.get(trial_id) != result["epoch"]:
@@ -147,24 +149,6 @@ class StudySearch(_NotStored, OptunaSearch):
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a run is resumed from its study and its history")
-
-
-def tell(space: Space, study: optuna.Study, number: int, value: float, is_done: bool) -> None:
-    """End a trial of the study that came to `value`, in its last epoch if `is_done`."""
-    states = optuna.trial.TrialState
-    if not is_done:
-        study.tell(number, state=states.PRUNED)
-    elif number == 0 and space.search.sampler in ("cmaes", "gp"):
-        study.tell(number, state=states.FAIL)
-    else:
-        study.tell(number, value)
-
-
-def fail(study: optuna.Study, number: int, cause: str) -> None:
-    """End a trial of the study that died, and keep what it died of with it."""
-    trial_id = study.get_trials(deepcopy=False)[number]._trial_id
-    study._storage.set_trial_user_attr(trial_id, CAUSE, cause)
-    study.tell(number, state=optuna.trial.TrialState.FAIL)
 
 
 class TaskRounds(_NotStored, Searcher):
@@ -201,13 +185,11 @@ class TaskRounds(_NotStored, Searcher):
         raise NotImplementedError("a list of tasks is made anew")
 
 
-def create_sampler(space: Space, started: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler by the name in `search.sampler`, for a study in which so many trials have been started.
+def create_sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler by the name in `search.sampler`.
 
     A grid is planned beforehand, so that its sampler is never asked.
     """
-    # A search that goes on must not draw again what it has drawn.
-    seed = derive_seed(space.search.seed, _SAMPLER, started)
     match space.search.sampler:
         case "tpe":
             return optuna.samplers.TPESampler(
@@ -226,23 +208,35 @@ class Planned(optuna.samplers.BaseSampler):
     """Gives some trials values that are set beforehand, and asks another sampler for all else.
 
     Optuna's own means, a queue of trials and a grid sampler, want the first trial and a study that optimises itself.
+
+    Args:
+        plan: values by the run's number of a trial.
+        number_of: that number.
+        other: the other sampler.
     """
 
-    def __init__(self, plan: Mapping[int, Mapping[str, Scalar]], other: optuna.samplers.BaseSampler) -> None:
-        self._plan, self._other = plan, other
+    def __init__(
+        self,
+        plan: Mapping[int, Mapping[str, Scalar]],
+        number_of: Callable[[FrozenTrial], int],
+        other: optuna.samplers.BaseSampler,
+    ) -> None:
+        self._plan, self._number_of, self._other = plan, number_of, other
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {} if trial.number in self._plan else self._other.infer_relative_search_space(study, trial)
+        is_planned = self._number_of(trial) in self._plan
+        return {} if is_planned else self._other.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return {} if trial.number in self._plan else self._other.sample_relative(study, trial, search_space)
+        is_planned = self._number_of(trial) in self._plan
+        return {} if is_planned else self._other.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        planned = self._plan.get(trial.number, {})
+        planned = self._plan.get(self._number_of(trial), {})
         if param_name in planned:
             return planned[param_name]
         return self._other.sample_independent(study, trial, param_name, param_distribution)

@@ -239,7 +239,7 @@ def test_the_first_random_trials_are_the_cheapest_of_them_first() -> None:
     def plan(seed: int) -> dict[int, dict[str, Any]]:
         search = {"try": [{"epochs": 9}], "seed": seed}
         space = Space.load({"search": search, "trial": {"epochs": {"int": [1, 9]}, "optim": {"lr": {"log": [0.1, 1]}}}})
-        return space.planned(6, lambda config: config.epochs)
+        return space.planned(6, lambda config: config.epochs, space.search.seed)
 
     planned = plan(seed=1)
     assert list(planned) == [1, 2, 3, 4, 5, 6, 7]
@@ -306,7 +306,7 @@ def test_starting_weights_may_go_by_the_name_of_a_run(tmp_path: Path) -> None:
     space = Space.load(content, runs=runs)
     assert space.ranges["model.pretrained"].candidates == ("imagenet", one, two)
     assert space.ranges["model.freeze"].when == {"model.pretrained": (two,)}
-    assert space.planned(0, lambda config: 0) == {1: {"model.pretrained": two}}
+    assert space.planned(0, lambda config: 0, 0) == {1: {"model.pretrained": two}}
     assert space.baseline.model.pretrained == one
     # As a run keeps it, it needs neither the folder of runs nor this working directory.
     resolved = tmp_path / "space.yaml"

@@ -1,0 +1,143 @@
+"""The Optuna study of a run: one of its own in study.db, or one in a database that several runs share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import optuna
+import sqlalchemy.exc
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from fmtune.errors import InputError, first_line
+from fmtune.run import RunFolder
+from fmtune.space import Space
+
+STUDY = "fmtune"
+"""Name of the study; a database holds one."""
+CAUSE = "cause"
+"""User attribute of a trial: what it died of."""
+_RUN, _NUMBER = "run", "number"
+"""User attributes of a trial in a study that is shared: the run that it is of, and its number there."""
+_SPACE = "space"
+"""User attribute of a study that is shared: what its trials are drawn from."""
+
+
+class RunTrials:
+    """A run's own trials in its study: the run numbers them from 0 on, whatever others add between them.
+
+    Args:
+        run: identifies the run in a study that is shared; None has the study to itself.
+    """
+
+    def __init__(self, run: str | None) -> None:
+        self._run = run
+        self._numbers: dict[int, int] = {}
+        self._theirs: dict[int, int] = {}
+
+    def seed_of(self, seed: int) -> int:
+        """What the run draws by, given its `search.seed`: runs that share a study draw apart."""
+        return (
+            seed if self._run is None else int(np.random.SeedSequence([seed, int(self._run, 16)]).generate_state(1)[0])
+        )
+
+    def restore(self, study: optuna.Study) -> list[FrozenTrial]:
+        """The run's trials in the order of their numbers, after an interruption."""
+        own = [trial for trial in study.get_trials(deepcopy=False) if self._run in (None, trial.user_attrs.get(_RUN))]
+        for trial in own:
+            self._enter(trial.number, trial.number if self._run is None else trial.user_attrs[_NUMBER])
+        return sorted(own, key=self.number_of)
+
+    def add(self, asked: optuna.Trial) -> int:
+        """Take in a trial that the study has been asked for; its number in the run."""
+        number = self.number_of(asked)
+        self._enter(asked.number, number)
+        if self._run is not None:
+            asked.set_user_attr(_NUMBER, number)
+            asked.set_user_attr(_RUN, self._run)
+        return number
+
+    def number_of(self, trial: FrozenTrial | optuna.Trial) -> int:
+        """The run's number of one of its trials, also of one that is only just being made."""
+        return self._numbers.get(trial.number, len(self._numbers)) if self._run is not None else trial.number
+
+    def study_number(self, number: int) -> int:
+        """The number in the study of the run's trial `number`."""
+        return self._theirs[number]
+
+    def has(self, trial: FrozenTrial) -> bool:
+        """Whether a trial of the study is the run's."""
+        return trial.number in self._numbers
+
+    def _enter(self, there: int, here: int) -> None:
+        self._numbers[there], self._theirs[here] = here, there
+
+
+def open_storage(space: Space, folder: RunFolder) -> optuna.storages.RDBStorage:
+    """The database that holds the run's study.
+
+    Raises:
+        ImportError: it is shared, and its driver is not installed.
+    """
+    if space.search.storage is None:
+        return optuna.storages.RDBStorage(f"sqlite:///{folder.study.resolve()}")
+    # Which driver a URL without one means depends on SQLAlchemy's version.
+    url = space.search.storage.replace("postgresql://", "postgresql+psycopg://")
+    return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+
+
+def check_study(space: Space, folder: RunFolder) -> None:
+    """Refuse a database that can't be reached, or that holds the study of another space; a new one is told the space.
+
+    Raises:
+        InputError: it is one of these.
+    """
+    if space.search.storage is None:
+        return
+    place = f"search.storage: {space.search.storage}"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        storage = open_storage(space, folder)
+        direction = StudyDirection.MAXIMIZE if space.search.mode == "max" else StudyDirection.MINIMIZE
+        study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True, direction=direction)
+    except ImportError:
+        raise InputError(f"{place}: needs the package psycopg; pip install 'fmtune[postgresql]'") from None
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        # What SQLAlchemy says begins with the name of the driver's exception.
+        reason = first_line(getattr(error, "orig", None) or error)
+        raise InputError(f"{place}: can't be reached ({reason}); mend the place, or the access") from None
+    own = _fingerprint(space)
+    if study.user_attrs.setdefault(_SPACE, own) != own:
+        raise InputError(f"{place}: holds the study of another space; name another database")
+    study.set_user_attr(_SPACE, own)
+
+
+def _fingerprint(space: Space) -> str:
+    """Of all that decides what a trial of the space is worth but the place of its data."""
+    ranges = {key: searched.as_yaml() for key, searched in space.ranges.items()}
+    data = space.data.model_dump(mode="json", exclude={"train", "test", "fallback", "memory"})
+    content = [dict(space.fixed), ranges, data, space.search.metric]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def tell(space: Space, study: optuna.Study, number: int, value: float, *, is_done: bool, is_baseline: bool) -> None:
+    """End a trial of the study that came to `value`, in its last epoch if `is_done`.
+
+    The baseline lies outside the ranges and has no parameters. TPE passes over such a trial; CMA-ES and the Gaussian
+    process search the parameters that all finished trials have in common, so theirs is set FAIL.
+    """
+    if not is_done:
+        study.tell(number, state=TrialState.PRUNED)
+    elif is_baseline and space.search.sampler in ("cmaes", "gp"):
+        study.tell(number, state=TrialState.FAIL)
+    else:
+        study.tell(number, value)
+
+
+def fail(study: optuna.Study, number: int, cause: str) -> None:
+    """End a trial of the study that died, and keep what it died of with it."""
+    trial_id = study.get_trials(deepcopy=False)[number]._trial_id
+    study._storage.set_trial_user_attr(trial_id, CAUSE, cause)
+    study.tell(number, state=TrialState.FAIL)

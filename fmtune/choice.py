@@ -16,6 +16,7 @@ from fmtune.context import RunContext
 from fmtune.data import measure_pixels
 from fmtune.explore import rank
 from fmtune.model import Pixels
+from fmtune.objectives import Objectives
 from fmtune.room import measure_capacity, whole_machine
 from fmtune.run import TrialRecord
 from fmtune.storage import fetch
@@ -179,8 +180,11 @@ class Chooser:
         """
         board = self._context.board
         ranked = rank(list(board.records.values()), board.metric, board.larger)
-        finalists = self._retrain_finalists(ranked)
-        winner = self._pick(ranked, finalists)
+        if self._context.objectives is None:
+            finalists = self._retrain_finalists(ranked)
+            winner = self._pick(ranked, finalists)
+        else:
+            finalists, winner = {}, self._pick_of_front(self._context.objectives, ranked)
         refit = self._refit(winner)
         return Choice(
             winner=winner,
@@ -229,6 +233,17 @@ class Chooser:
         return self._context.board.records[
             max(finalists, key=lambda number: sign * mean_of(finalists[number], self._context.board.metric))
         ]
+
+    def _pick_of_front(self, objectives: Objectives, ranked: Sequence[TrialRecord]) -> TrialRecord:
+        """The trial of the Pareto front whose accuracy is near enough to the best."""
+        front = objectives.find_front(ranked)
+        winner = objectives.pick(front, len(self._context.data.validation_rows))
+        others = f"{len(front)} trials are" if len(front) > 1 else "one trial is"
+        self._context.view.note(
+            f"{others} on the Pareto front; trial {winner.number} is taken, the best in {objectives.names[1]} within a "
+            "standard error of the best val_accuracy"
+        )
+        return winner
 
     def _refit(self, winner: TrialRecord) -> _Outcome | None:
         """The winner trained on training and validation rows together; None where that is skipped or fails."""

@@ -147,6 +147,17 @@ class DataConfig(Config):
     shuffles them within so many. null takes what the machine can spare for as many processes as it has CPUs."""
 
 
+def _without_sign(name: object) -> object:
+    return name[1:] if name in ("-images_per_second", "-parameters") and isinstance(name, str) else name
+
+
+Objective = Annotated[
+    Literal["val_accuracy", "images_per_second", "parameters"],
+    BeforeValidator(_without_sign),
+    WithJsonSchema({"enum": ["val_accuracy", "images_per_second", "-images_per_second", "parameters", "-parameters"]}),
+]
+
+
 class SearchConfig(Config):
     """How the space is explored and when to stop."""
 
@@ -158,6 +169,9 @@ class SearchConfig(Config):
     """Money that the command may take, in the currency of `resources.price`."""
     metric: Literal["val_accuracy", "val_loss"] = "val_accuracy"
     """What decides: accuracy is maximised, loss minimised."""
+    objectives: Annotated[tuple[Objective, ...], Field(strict=False)] = ()
+    """Searches the Pareto front of these in place of one best trial: val_accuracy, and images_per_second of training or
+    parameters or both. More accuracy, more images and fewer parameters are better, with or without a minus sign."""
     sampler: Literal["tpe", "random", "cmaes", "gp", "grid"] = "tpe"
     scheduler: Literal["asha", "hyperband", "median", "none"] = "asha"
     """Which trials are stopped before their last epoch."""
@@ -181,10 +195,28 @@ class SearchConfig(Config):
             raise ValueError("rung: seconds divides the time; set time or cost, and scheduler to asha or hyperband")
         return self
 
+    @model_validator(mode="after")
+    def _objectives_go_together(self) -> SearchConfig:
+        if not self.objectives:
+            return self
+        names = self.objectives
+        if names[0] != "val_accuracy" or self.metric != "val_accuracy" or not 1 < len(set(names)) == len(names):
+            raise ValueError("objectives: expected val_accuracy, as search.metric is, and then others, each once")
+        if self.sampler == "cmaes":
+            raise ValueError("objectives: sampler cmaes has one objective only; take tpe, random, gp or grid")
+        if self.scheduler == "median":
+            raise ValueError("objectives: scheduler median compares by one metric; take asha, hyperband or none")
+        return self
+
     @property
     def mode(self) -> Literal["max", "min"]:
         """Direction of `metric`."""
         return "max" if self.metric == "val_accuracy" else "min"
+
+    @property
+    def modes(self) -> list[Literal["max", "min"]]:
+        """Directions of the objectives, or of `metric` where there are none."""
+        return ["min" if name == "parameters" else "max" for name in self.objectives] or [self.mode]
 
 
 class ResourcesConfig(Config):

@@ -10,6 +10,7 @@ from fmtune.batches import count_trained
 from fmtune.board import Board
 from fmtune.config import TrialConfig
 from fmtune.data import TrainingData
+from fmtune.objectives import Objectives
 from fmtune.run import RunFolder, TrialRecord
 from fmtune.space import Space
 from fmtune.storage import Storage
@@ -35,6 +36,12 @@ class RunContext:
     tracking: Tracking
     check_interrupt: Callable[[], None]
     can_grow: bool
+
+    @cached_property
+    def objectives(self) -> Objectives | None:
+        """What the search has for objectives where it has several."""
+        search = self.space.search
+        return Objectives(search, self.data.image_shape[0], len(self.data.classes)) if search.objectives else None
 
     @cached_property
     def storage(self) -> Storage:

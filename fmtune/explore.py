@@ -62,6 +62,7 @@ class Exploration:
             self._timing.can_begin,
             lambda config: config.epochs * count_operations(config, context.data),
             len(self._records),
+            context.objectives,
         )
         self._study = searcher.study
         self._board.capacity = measure_capacity(context.space.resources)
@@ -77,12 +78,15 @@ class Exploration:
                 watcher=self,
                 params_of=context.space.params_of,
                 until=Until(self._is_over, self._baseline_is_over),
-                scheduler=create_scheduler(context.space, earlier, count_slots(context.space.resources)),
+                scheduler=create_scheduler(
+                    context.space, earlier, count_slots(context.space.resources), context.objectives
+                ),
                 pooled=not context.space.is_single,
                 can_grow=context.can_grow,
             )
         self._close_running()
-        self._note_others()
+        if context.objectives is None:
+            self._note_others()
 
     def on_start(self, task: Task) -> None:
         record = self._record_of(task)
@@ -187,10 +191,16 @@ class Exploration:
         if record.cause or len(record.history) < record.config.epochs or value is None:
             return
         if record.state == "running":
-            tell(space, study, trial.number, value, is_done=True, is_baseline=record.number == 0)
+            tell(space, study, trial.number, self._values(record), is_done=True, is_baseline=record.number == 0)
             self._context.tracking.start_trial(record.number, record.config)
             self._context.tracking.end_trial(record.number, "complete")
         record.state = "complete"
+
+    def _values(self, record: TrialRecord) -> list[float]:
+        """What a trial has come to, objective by objective."""
+        assert record.last is not None
+        metrics, objectives = record.last.as_dict(), self._context.objectives
+        return objectives.measure(record.config, metrics) if objectives else [metrics[self._board.metric] or 0.0]
 
     def _is_over(self) -> bool:
         """Whether the time is up, or trial after trial dies of one cause."""
@@ -252,7 +262,9 @@ class _TrialsFile:
 
     def write(self) -> None:
         started = time.monotonic()
-        self._context.folder.write_trials(self._context.board.records.values(), list(self._context.space.ranges))
+        context, records = self._context, list(self._context.board.records.values())
+        further = context.objectives.describe(records) if context.objectives else None
+        context.folder.write_trials(records, list(context.space.ranges), further)
         ended = time.monotonic()
         self._is_stale, self._next = False, ended + 19 * (ended - started)
 

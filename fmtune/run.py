@@ -135,17 +135,31 @@ class RunFolder:
                         history.setdefault(int(row["trial"]), {})[metrics.epoch] = metrics
         return {trial: [epochs[e] for e in sorted(epochs)] for trial, epochs in history.items()}
 
-    def write_trials(self, records: Iterable[TrialRecord], columns: Sequence[str]) -> None:
-        """Write trials.csv; `columns` are the searched keys."""
+    def write_trials(
+        self,
+        records: Iterable[TrialRecord],
+        columns: Sequence[str],
+        further: Mapping[int, Mapping[str, object]] | None = None,
+    ) -> None:
+        """Write trials.csv.
+
+        Args:
+            records: a row each.
+            columns: the searched keys.
+            further: columns to come before those, by the number of the trial, which all have the same.
+        """
+        further = further or {}
+        names = list(next(iter(further.values()), ()))
         aside = self.trials.with_name("trials.csv.part")
         with aside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([*_TRIAL_COLUMNS, *(f"params.{key}" for key in columns)])
+            writer.writerow([*_TRIAL_COLUMNS, *names, *(f"params.{key}" for key in columns)])
             for record in sorted(records, key=lambda record: record.number):
                 last = record.last
                 measured = [last.epoch, last.val_accuracy, last.val_loss] if last else [0, None, None]
+                own = [further[record.number][name] for name in names]
                 values = [record.params.get(key) for key in columns]
-                writer.writerow([record.number, record.state, *measured, f"{record.seconds:.3f}", *values])
+                writer.writerow([record.number, record.state, *measured, f"{record.seconds:.3f}", *own, *values])
         aside.replace(self.trials)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

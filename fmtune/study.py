@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import optuna
@@ -100,8 +101,8 @@ def check_study(space: Space, folder: RunFolder) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         storage = open_storage(space, folder)
-        direction = StudyDirection.MAXIMIZE if space.search.mode == "max" else StudyDirection.MINIMIZE
-        study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True, direction=direction)
+        directions = [StudyDirection.MAXIMIZE if m == "max" else StudyDirection.MINIMIZE for m in space.search.modes]
+        study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True, directions=directions)
     except ImportError:
         raise InputError(f"{place}: needs the package psycopg; pip install 'fmtune[postgresql]'") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
@@ -118,12 +119,14 @@ def _fingerprint(space: Space) -> str:
     """Of all that decides what a trial of the space is worth but the place of its data."""
     ranges = {key: searched.as_yaml() for key, searched in space.ranges.items()}
     data = space.data.model_dump(mode="json", exclude={"train", "test", "fallback", "memory"})
-    content = [dict(space.fixed), ranges, data, space.search.metric]
+    content = [dict(space.fixed), ranges, data, space.search.metric, space.search.objectives]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def tell(space: Space, study: optuna.Study, number: int, value: float, *, is_done: bool, is_baseline: bool) -> None:
-    """End a trial of the study that came to `value`, in its last epoch if `is_done`.
+def tell(
+    space: Space, study: optuna.Study, number: int, values: Sequence[float], *, is_done: bool, is_baseline: bool
+) -> None:
+    """End a trial of the study that came to `values`, one for each objective, in its last epoch if `is_done`.
 
     The baseline lies outside the ranges and has no parameters. TPE passes over such a trial; CMA-ES and the Gaussian
     process search the parameters that all finished trials have in common, so theirs is set FAIL.
@@ -133,7 +136,7 @@ def tell(space: Space, study: optuna.Study, number: int, value: float, *, is_don
     elif is_baseline and space.search.sampler in ("cmaes", "gp"):
         study.tell(number, state=TrialState.FAIL)
     else:
-        study.tell(number, value)
+        study.tell(number, values)
 
 
 def fail(study: optuna.Study, number: int, cause: str) -> None:

@@ -92,6 +92,7 @@ def _summarise(context: RunContext, choice: Choice) -> dict[str, Any]:
         + sum(context.images_trained(record.config, len(record.history)) for record in records),
         "finalists": [_describe_finalist(number, results) for number, results in choice.finalists.items()],
         "refit": choice.is_refit,
+        "front": _describe_front(context),
         "outlook": _look_ahead(board),
         "broken_off": board.broken_off,
         "failures": [
@@ -100,6 +101,19 @@ def _summarise(context: RunContext, choice: Choice) -> dict[str, Any]:
             if record.state == "failed"
         ],
     }
+
+
+def _describe_front(context: RunContext) -> list[dict[str, Any]] | None:
+    """The Pareto front by falling accuracy, None where there is one objective."""
+    objectives = context.objectives
+    if objectives is None:
+        return None
+    front = [
+        {"trial": record.number} | dict(zip(objectives.names, objectives.measure(record.config, last), strict=True))
+        for record in objectives.find_front(list(context.board.records.values()))
+        if (last := record.last.as_dict() if record.last else None)
+    ]
+    return sorted(front, key=lambda point: -point["val_accuracy"])
 
 
 def _describe_finalist(number: int, results: Sequence[EpochMetrics]) -> dict[str, Any]:
@@ -174,6 +188,9 @@ def describe_summary(folder: RunFolder, summary: dict[str, Any]) -> list[tuple[s
     trials, baseline = summary["trials"], summary["baseline"]
     lines = [("found", f"trial {summary['best_trial']}  {describe_values(summary['params'])}")]
     lines.append(("validation", _percent(summary["val_accuracy"]) + _describe_finalists(summary["finalists"])))
+    for point in summary.get("front") or ():
+        others = [f"{point[name]:,.0f} {name}" for name in point if name not in ("trial", "val_accuracy")]
+        lines.append(("front", f"trial {point['trial']}  {', '.join([_percent(point['val_accuracy']), *others])}"))
     if summary["test_accuracy"] is not None:
         low, high = summary["test_interval"]
         lines.append(

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
@@ -19,6 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from fmtune.config import ResourcesConfig, Scalar, TrialConfig, flatten
 from fmtune.failures import DEATHS, EndsErrors, InOrder, find_cause, is_error_of_training
+from fmtune.objectives import Objectives, rank_fronts
 from fmtune.pool import PooledTrial
 from fmtune.room import count_slots
 from fmtune.run import TrialRecord
@@ -80,6 +82,7 @@ class StudySearch(_NotStored, OptunaSearch):
         has_time: Callable[[], bool],
         cost: Callable[[TrialConfig], float],
         started: int,
+        objectives: Objectives | None = None,
     ) -> None:
         seed = own.seed_of(space.search.seed)
         plan = space.planned(_STARTUP_TRIALS, cost, seed)
@@ -87,13 +90,15 @@ class StudySearch(_NotStored, OptunaSearch):
         sampler = create_sampler(space, derive_seed(seed, _SAMPLER, started))
         super().__init__(
             space=space.suggest,
-            metric=space.search.metric,
-            mode=space.search.mode,
+            metric=objectives.names if objectives else space.search.metric,
+            mode=list(space.search.modes) if objectives else space.search.mode,
             sampler=Planned(plan, own.number_of, sampler),
             storage=storage,
             study_name=STUDY,
         )
-        self._searched, self._own = space, own
+        # What Tune looks for in each result; the number of parameters is none of it.
+        self._metric, self._mode = space.search.metric, space.search.mode
+        self._searched, self._own, self._objectives = space, own, objectives
         self._interrupted = list(interrupted)
         self._has_time = has_time
         self._tasks: dict[str, Task] = {}
@@ -136,11 +141,13 @@ class StudySearch(_NotStored, OptunaSearch):
             return
         # Tune keeps the result that a trial is stopped at from `on_trial_result`.
         self._report(trial_id, result)
-        value, is_done = result[self.metric], result["epoch"] == task.config.epochs
-        tell(self._searched, self.study, asked.number, value, is_done=is_done, is_baseline=task.number == 0)
+        values = self._objectives.measure(task.config, result) if self._objectives else [result[self.metric]]
+        is_done = result["epoch"] == task.config.epochs
+        tell(self._searched, self.study, asked.number, values, is_done=is_done, is_baseline=task.number == 0)
 
     def _report(self, trial_id: str, result: dict[str, Any]) -> None:
-        if self._reported.get(trial_id) != result["epoch"]:
+        # Optuna has no place for the values in between of several objectives.
+        if self._objectives is None and self._reported.get(trial_id) != result["epoch"]:
             self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
             self._reported[trial_id] = result["epoch"]
 
@@ -294,6 +301,41 @@ class Asha(_SparesBaseline, ASHAScheduler):
                 self._bracket_of(record.number).on_result(stand_in, reached, sign * value)
 
 
+class ParetoAsha(Asha):
+    """ASHA for several objectives (MO-ASHA; Schmucker et al., 2021, https://arxiv.org/abs/2106.12639).
+
+    A trial goes on from a rung unless a part of those there, all but one in `reduction_factor`, lie on better fronts
+    than it does.
+    """
+
+    def __init__(self, objectives: Objectives, **options: Any) -> None:
+        super().__init__(**options)
+        self._objectives = objectives
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        task = Task(**trial.config)
+        if task.number == 0:
+            return str(TrialScheduler.CONTINUE)
+        if self._stop_last_trials and result[self._time_attr] >= self._max_t:
+            return str(TrialScheduler.STOP)
+        stays = self._enter(task.trial_number, task.config, result)
+        return str(TrialScheduler.CONTINUE if stays else TrialScheduler.STOP)
+
+    def replay(self, record: TrialRecord, metric: str) -> None:
+        for metrics in record.history if record.number != 0 else ():
+            self._enter(record.number, record.config, metrics.as_dict())
+
+    def _enter(self, number: int, config: TrialConfig, metrics: Mapping[str, Any]) -> bool:
+        """Enter what a trial has come to into the rung that it has reached; whether it may go on."""
+        for milestone, recorded in self._bracket_of(number)._rungs:
+            if metrics[self._time_attr] < milestone or number in recorded:
+                continue
+            recorded[number] = self._objectives.gains(config, metrics)
+            fronts = rank_fronts(np.array(list(recorded.values())))
+            return bool((fronts < fronts[-1]).mean() < 1 - 1 / self._reduction_factor)
+        return True
+
+
 class MedianRule(_SparesBaseline, MedianStoppingRule):
     """Stops trials below the median of the others' running averages (Golovin et al., 2017, Google Vizier)."""
 
@@ -302,13 +344,16 @@ class MedianRule(_SparesBaseline, MedianStoppingRule):
         return str(TrialScheduler.CONTINUE)
 
 
-def create_scheduler(space: Space, earlier: Sequence[TrialRecord], slots: int) -> TrialScheduler:
+def create_scheduler(
+    space: Space, earlier: Sequence[TrialRecord], slots: int, objectives: Objectives | None = None
+) -> TrialScheduler:
     """Tune's scheduler by the name in `search.scheduler`, with what earlier trials of a resumed run showed.
 
     Args:
         space: of the search.
         earlier: trials that have ended.
         slots: how many trials run side by side.
+        objectives: of the search, if there are several.
     """
     search = space.search
     options: dict[str, Any] = {"metric": search.metric, "mode": search.mode}
@@ -317,7 +362,8 @@ def create_scheduler(space: Space, earlier: Sequence[TrialRecord], slots: int) -
             rungs = _asha_rungs(space, slots)
             most = 1 + math.floor(math.log(rungs["max_t"] / rungs["grace_period"], _REDUCTION) + 1e-9)
             brackets = most if search.scheduler == "hyperband" else 1
-            scheduler = Asha(**rungs, reduction_factor=_REDUCTION, brackets=brackets, **options)
+            options |= {**rungs, "reduction_factor": _REDUCTION, "brackets": brackets}
+            scheduler = ParetoAsha(objectives, **options) if objectives else Asha(**options)
             for record in earlier:
                 scheduler.replay(record, search.metric)
             return scheduler

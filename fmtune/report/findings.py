@@ -171,6 +171,11 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
     return front
 
 
+def objective_text(name: str) -> str:
+    """An objective as people read it."""
+    return {"images_per_second": "images a second of training", "parameters": "parameters"}[name]
+
+
 def leaders(run: Run, share: float = 0.1) -> list[Trial]:
     """The best tenth of the searched trials that were measured, one at least; complete trials first."""
     measured = [(value, trial) for trial in run.searched if (value := run.value(trial)) is not None]

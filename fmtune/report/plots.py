@@ -12,7 +12,7 @@ from typing import Any
 
 from fmtune.calibration import Bin
 from fmtune.ranges import Choice, Range
-from fmtune.report.findings import accuracy_interval, leaders, pareto_front, running_best
+from fmtune.report.findings import accuracy_interval, leaders, objective_text, pareto_front, running_best
 from fmtune.report.markup import plot_text
 from fmtune.report.read import STATES, Run, Trial, finite
 from fmtune.report.words import decimal, percent, scalar, short
@@ -120,6 +120,18 @@ def draw_cost(run: Run) -> Figure:
     edge = _scatter(x, y, name="Pareto front", mode="lines") | {"line": line, "hoverinfo": "skip"}
     traces = [edge, *_trial_traces(run, lambda t: t.seconds, lambda t: t.val_accuracy)]
     return _figure(traces, **_axes("seconds of training", "validation accuracy"))
+
+
+def draw_objective(run: Run, name: str) -> Figure:
+    """Accuracy over another objective, and the Pareto front of all objectives."""
+    front = sorted((trial.objectives[name] or 0.0, trial.val_accuracy) for trial in run.trials if trial.is_on_front)
+    line = {"color": "--good", "width": 2, "dash": "dot"}
+    edge = _scatter([x for x, _ in front], [y for _, y in front], name="Pareto front", mode="lines")
+    traces = [
+        edge | {"line": line, "hoverinfo": "skip"},
+        *_trial_traces(run, lambda t: t.objectives[name], lambda t: t.val_accuracy),
+    ]
+    return _figure(traces, **_axes(objective_text(name), "validation accuracy"))
 
 
 def _trial_traces(run: Run, x: Any, y: Any) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,10 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class Trial:
-    """A row of trials.csv, and the trial's epochs; values are None where nothing finite was measured."""
+    """A row of trials.csv, and the trial's epochs; values are None where nothing finite was measured.
+
+    `objectives` are what several of them have beside accuracy, and `is_on_front` whether no trial beats it in all.
+    """
 
     number: int
     state: str
@@ -39,6 +42,8 @@ class Trial:
     seconds: float
     params: Mapping[str, Scalar]
     epochs: Sequence[EpochMetrics]
+    objectives: Mapping[str, float | None] = field(default_factory=dict)
+    is_on_front: bool = False
 
     def measured(self, metric: str) -> float | None:
         """`val_accuracy` or `val_loss` after its last epoch."""
@@ -141,7 +146,7 @@ def read_run(folder: RunFolder) -> Run:
         environment=read_json(folder.environment),
         space=space,
         yaml=folder.space.read_text(encoding="utf-8"),
-        trials=_read_trials(folder, space.ranges),
+        trials=_read_trials(folder, space),
         config=TrialConfig.model_validate(read_json(_find_best(folder, "config.json"))["trial"]),
         classes=[entry["name"] for entry in read_json(_find_best(folder, "classes.json"))],
         parameters=_count_parameters(_find_best(folder, "model.safetensors")),
@@ -169,16 +174,16 @@ def _parse_calibration(content: Mapping[str, Any]) -> Calibration:
     return Calibration(content["ece"], [Bin(**entry) for entry in content["bins"]])
 
 
-def _read_trials(folder: RunFolder, ranges: Mapping[str, Range]) -> list[Trial]:
+def _read_trials(folder: RunFolder, space: Space) -> list[Trial]:
     history = folder.read_history()
     with folder.trials.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    trials = [_parse_trial(row, ranges, history.get(int(row["number"]), [])) for row in rows]
+    trials = [_parse_trial(row, space, history.get(int(row["number"]), [])) for row in rows]
     return sorted(trials, key=lambda trial: trial.number)
 
 
-def _parse_trial(row: Mapping[str, str], ranges: Mapping[str, Range], epochs: Sequence[EpochMetrics]) -> Trial:
-    params = {key: _parse_value(row.get(f"params.{key}") or "", searched) for key, searched in ranges.items()}
+def _parse_trial(row: Mapping[str, str], space: Space, epochs: Sequence[EpochMetrics]) -> Trial:
+    params = {key: _parse_value(row.get(f"params.{key}") or "", searched) for key, searched in space.ranges.items()}
     return Trial(
         number=int(row["number"]),
         state=row["state"],
@@ -188,6 +193,8 @@ def _parse_trial(row: Mapping[str, str], ranges: Mapping[str, Range], epochs: Se
         seconds=float(row["seconds"]),
         params={key: value for key, value in params.items() if value is not None},
         epochs=epochs,
+        objectives={name: _parse_number(row[name]) for name in space.search.objectives[1:]},
+        is_on_front=row.get("pareto") == "True",
     )
 
 

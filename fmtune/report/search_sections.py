@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fmtune.report import plots
 from fmtune.report.document import Group, Heading, Part, Plot, Section, Table, Text
-from fmtune.report.findings import describe_counts, leaders, pareto_front, running_best
+from fmtune.report.findings import describe_counts, leaders, objective_text, pareto_front, running_best
 from fmtune.report.importance import measure_importance
 from fmtune.report.read import STATES, Run, Trial
 from fmtune.report.words import NOTHING, decimal, listing, percent, plural, scalar
@@ -116,3 +116,26 @@ def create_cost(run: Run) -> Section:
         Table("The Pareto front", ["trial", "seconds", "validation accuracy", "state"], rows),
     ]
     return Section("cost", "Accuracy over training time", parts)
+
+
+def create_objectives(run: Run) -> Section:
+    """The Pareto front of a search with several objectives, and which trial of it was taken."""
+    others = run.space.search.objectives[1:]
+    front = sorted((trial for trial in run.trials if trial.is_on_front), key=lambda trial: -(trial.val_accuracy or 0.0))
+    text = "No trial beats one of these in one objective without losing in another. Taken is the best in "
+    text += f"{objective_text(others[0])} of those whose accuracy is within a standard error of the best one's "
+    text += "(Breiman et al., 1984)."
+    header = ["trial", "validation accuracy", *map(objective_text, others)]
+    rows = [
+        [
+            f"trial {trial.number}" + (", taken" if trial is run.best else ""),
+            percent(trial.val_accuracy),
+            *(f"{trial.objectives[name] or 0.0:,.0f}" for name in others),
+        ]
+        for trial in front
+    ]
+    parts: list[Part] = [Text(text), Table("The Pareto front", header, rows)]
+    for name in others:
+        caption = f"Validation accuracy over {objective_text(name)}."
+        parts.append(Plot(f"{name}-plot", caption, plots.draw_objective(run, name)))
+    return Section("objectives", "Objectives", parts)

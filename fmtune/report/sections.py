@@ -12,7 +12,7 @@ from fmtune.report.document import Card, Cards, Code, Group, Heading, Part, Plot
 from fmtune.report.findings import Gain, describe_best_epoch, describe_caveats, describe_counts, diagnose, judge, weigh
 from fmtune.report.model_sections import create_calibration, create_classes, create_mistakes
 from fmtune.report.read import Run
-from fmtune.report.search_sections import create_cost, create_history, create_parameters
+from fmtune.report.search_sections import create_cost, create_history, create_objectives, create_parameters
 from fmtune.report.words import NOTHING, decimal, interval, percent, scalar
 from fmtune.view import format_seconds
 
@@ -22,6 +22,7 @@ def create_sections(run: Run) -> list[Section]:
     makers: list[Callable[[Run], Section]] = [_create_result, _create_curves]
     if not run.is_single:
         makers += [create_history, create_parameters, create_cost]
+        makers += [create_objectives] if run.space.search.objectives else []
     makers += [create_classes, create_mistakes, create_calibration, _create_setup]
     return [make(run) for make in makers]
 

@@ -27,7 +27,7 @@ from fmtune.tuner import ParetoAsha, create_scheduler
 
 SEARCH = SearchConfig(objectives=("val_accuracy", "parameters"))
 WIDTHS = {width: 9 * width + 18 * width**2 + 21 * 56 * width**2 + 90 * width + 80 * width + 10 for width in (4, 8, 16)}
-"""Parameters of the default network by width, on grey images of ten classes: the stem; layer1; layer2 to layer4, each of
+"""Parameters of the default network by width, grey images, ten classes: the stem; layer1; layer2 to layer4, each of
 four times the one before; batch norms; the head."""
 
 

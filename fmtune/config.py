@@ -173,8 +173,9 @@ class SearchConfig(Config):
     """Searches the Pareto front of these in place of one best trial: val_accuracy, and images_per_second of training or
     parameters or both. More accuracy, more images and fewer parameters are better, with or without a minus sign."""
     sampler: Literal["tpe", "random", "cmaes", "gp", "grid"] = "tpe"
-    scheduler: Literal["asha", "hyperband", "median", "none"] = "asha"
-    """Which trials are stopped before their last epoch."""
+    scheduler: Literal["asha", "hyperband", "median", "pbt", "none"] = "asha"
+    """Which trials are stopped before their last epoch; pbt trains all of them to it, and has those that fall behind go
+    on from the weights of a leader, with the leader's values a little changed."""
     rung: Literal["epochs", "seconds"] = "epochs"
     """What asha compares trials at equal amounts of; with seconds of training a slow network must earn its time."""
     finalists: NonNegativeInt = 3
@@ -196,6 +197,15 @@ class SearchConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _pbt_draws_at_random(self) -> SearchConfig:
+        if self.scheduler == "pbt" and self.sampler != "random":
+            raise ValueError(
+                f"scheduler: pbt changes a trial's values as it trains, and sampler {self.sampler} learns from values "
+                "that stay; set sampler to random"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _objectives_go_together(self) -> SearchConfig:
         if not self.objectives:
             return self
@@ -204,8 +214,10 @@ class SearchConfig(Config):
             raise ValueError("objectives: expected val_accuracy, as search.metric is, and then others, each once")
         if self.sampler == "cmaes":
             raise ValueError("objectives: sampler cmaes has one objective only; take tpe, random, gp or grid")
-        if self.scheduler == "median":
-            raise ValueError("objectives: scheduler median compares by one metric; take asha, hyperband or none")
+        if self.scheduler in ("median", "pbt"):
+            raise ValueError(
+                f"objectives: scheduler {self.scheduler} compares by one metric; take asha, hyperband or none"
+            )
         return self
 
     @property
@@ -340,6 +352,13 @@ class TrialConfig(Config):
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
+
+
+MUTABLE = (
+    *("optim.lr", "optim.momentum", "optim.weight_decay", "optim.label_smoothing"),
+    *(f"augment.{name}" for name in AugmentConfig.model_fields),
+)
+"""What of a trial's configuration can change along its training; the rest, its network above all, stays with it."""
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

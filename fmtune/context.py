@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fmtune.batches import count_trained
@@ -60,7 +60,8 @@ class RunContext:
 
     def task_of(self, record: TrialRecord) -> Task:
         """The task of a trial of the search, from its last checkpoint on if it has one."""
-        return create_task(self.space.search.seed, record.number, record.config, record.checkpoint)
+        task = create_task(self.space.search.seed, record.number, record.config, record.checkpoint)
+        return replace(task, earlier=[(last, config.model_dump()) for last, config in record.earlier])
 
     def images_trained(self, config: TrialConfig, epochs: int, rows: int | None = None) -> int:
         """Images that so many epochs train on; of the training part unless another number of rows is given."""

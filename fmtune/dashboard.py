@@ -38,12 +38,11 @@ def create_dashboard(folder: RunFolder, port: int) -> WSGIServer:
         InputError: the run has no study yet, optuna-dashboard is not installed, or the port can't be had.
     """
     dashboard = import_extra("dashboard", "optuna_dashboard", "optuna-dashboard", "dashboard")
-    space = Space.load(folder.space)
-    if space.search.storage is not None:
-        storage = open_storage(space, folder)
-    elif folder.study.exists():
+    if folder.study.exists():
         # Read-only, so that no click on the page changes or deletes the study of a run.
         storage = optuna.storages.RDBStorage(f"sqlite:///file:{folder.study.resolve()}?mode=ro&uri=true")
+    elif (space := Space.load(folder.space)).search.storage is not None:
+        storage = open_storage(space, folder)
     else:
         raise RunFolderError(f"{folder.path}: no study.db yet; a run makes it with its first trial")
     try:

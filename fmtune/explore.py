@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -13,14 +15,15 @@ from pydantic import ValidationError
 from fmtune.board import Flight
 from fmtune.config import TrialConfig
 from fmtune.context import RunContext
+from fmtune.population import Adoption, Population, adopt, count_segments, describe_adoption, parse_earlier
 from fmtune.probe import count_operations
 from fmtune.room import count_slots, measure_capacity
 from fmtune.run import State, TrialRecord
-from fmtune.study import CAUSE, STUDY, RunTrials, fail, open_storage, tell
+from fmtune.study import ADOPTED, CAUSE, STUDY, RunTrials, fail, keep_attribute, open_storage, tell
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
-from fmtune.trial import Task, task_name
-from fmtune.tuner import StudySearch, Until, create_scheduler, run_trials
+from fmtune.trial import Task, derive_seed, task_name
+from fmtune.tuner import PopulationSearch, StudySearch, Until, create_scheduler, max_epochs, run_trials
 
 _BASELINE_SHARE = 0.25
 """Part of the time that the baseline may take."""
@@ -41,6 +44,7 @@ class Exploration:
         self._context, self._timing, self._board = context, timing, context.board
         self._records = context.board.records
         self._failures: list[str] = []
+        self._started: set[int] = set()
         self._trials = _TrialsFile(context)
         self._own = RunTrials(None if context.space.search.storage is None else context.folder.run_id)
         self._study: optuna.Study
@@ -54,19 +58,10 @@ class Exploration:
         earlier = [record for record in self._records.values() if record.state != "running"]
         interrupted = [record for record in self._records.values() if record.state == "running"]
         tasks = [context.task_of(record) for record in interrupted]
-        searcher = StudySearch(
-            context.space,
-            storage,
-            self._own,
-            tasks,
-            self._timing.can_begin,
-            lambda config: config.epochs * count_operations(config, context.data),
-            len(self._records),
-            context.objectives,
-        )
+        searcher = self._create_searcher(storage, tasks)
         self._study = searcher.study
         self._board.capacity = measure_capacity(context.space.resources)
-        remaining = context.space.trials - len(earlier)
+        remaining = self._count_tasks(len(earlier))
         if remaining > 0 and not self._timing.search_is_over():
             run_trials(
                 context.shared,
@@ -88,11 +83,54 @@ class Exploration:
         if context.objectives is None:
             self._note_others()
 
+    def _create_searcher(self, storage: optuna.storages.BaseStorage, interrupted: Sequence[Task]) -> StudySearch:
+        context = self._context
+        options: dict[str, Any] = {
+            "space": context.space,
+            "storage": storage,
+            "own": self._own,
+            "has_time": self._timing.can_begin,
+            "cost": lambda config: config.epochs * count_operations(config, context.data),
+            "started": len(self._records),
+            "objectives": context.objectives,
+        }
+        if context.space.search.scheduler != "pbt":
+            return StudySearch(interrupted=interrupted, **options)
+        seed = self._own.seed_of(context.space.search.seed)
+        population = Population(
+            context.space, self._value_at, lambda number, epoch: Random(derive_seed(seed, number, epoch))
+        )
+        return PopulationSearch(population, self._records, context.task_of, self._adopt, **options)
+
+    def _count_tasks(self, ended: int) -> int:
+        """How many tasks Tune may be given, when so many trials have ended."""
+        space = self._context.space
+        remaining = space.trials - ended
+        return count_segments(space, max_epochs(space)) if remaining and space.search.scheduler == "pbt" else remaining
+
+    def _value_at(self, record: TrialRecord, epoch: int) -> float:
+        """What decides, of a trial after an epoch; more is better."""
+        value = record.history[epoch - 1].as_dict()[self._board.metric] or 0.0
+        return value if self._board.larger else -value
+
+    def _adopt(self, record: TrialRecord, adoption: Adoption) -> None:
+        """Enter what a member of a population takes over into its record, the run folder and the study."""
+        adopt(record, adoption, self._context.space.params_of(adoption.config))
+        for metrics in record.history:
+            self._context.folder.append_history(record.number, metrics)
+        number = self._own.study_number(record.number)
+        keep_attribute(self._study, number, ADOPTED, describe_adoption(record))
+        self._trials.has_changed()
+        at = f"epoch {len(record.history)}"
+        self._context.view.note(f"trial {record.number} goes on from trial {adoption.donor.number} at {at}")
+
     def on_start(self, task: Task) -> None:
         record = self._record_of(task)
         self._board.in_flight[task.name] = Flight(f"trial {record.number}", record.config.epochs, record.last)
         self._trials.has_changed()
-        self._context.tracking.start_trial(record.number, task.config)
+        if record.number not in self._started:
+            self._started.add(record.number)
+            self._context.tracking.start_trial(record.number, task.config)
 
     def on_epoch(self, task: Task, metrics: EpochMetrics) -> None:
         number = task.trial_number
@@ -109,6 +147,10 @@ class Exploration:
 
     def on_end(self, task: Task, cause: str | None) -> None:
         record = self._record_of(task)
+        if cause is None and task.until is not None and 0 < len(record.history) < record.config.epochs:
+            # A part of a training, which goes on.
+            self._board.in_flight.pop(task.name, None)
+            return
         record.cause = cause if record.history or cause else "ended without a result"
         if record.cause:
             record.state = "failed"
@@ -142,6 +184,7 @@ class Exploration:
             study = optuna.load_study(study_name=STUDY, storage=storage)
         except KeyError:  # no study yet
             return
+        folders = self._context.storage.list_trials("search")
         for trial in self._own.restore(study):
             number = self._own.number_of(trial)
             config = self._config_of(number, trial)
@@ -151,7 +194,9 @@ class Exploration:
                 continue
             record = TrialRecord(number, config, self._context.space.params_of(config))
             record.history = history.get(number, [])
-            self._restore_checkpoint(record)
+            adopted = trial.user_attrs.get(ADOPTED)
+            record.earlier = parse_earlier(adopted) if adopted else []
+            self._restore_checkpoint(record, folders.get(task_name(number), []), adopted)
             self._restore_state(record, trial, study)
             self._records[number] = record
             if record.state != "running":
@@ -162,15 +207,25 @@ class Exploration:
         space = self._context.space
         if number == 0:
             return space.baseline
+        if ADOPTED in trial.user_attrs:
+            return TrialConfig.model_validate(trial.user_attrs[ADOPTED]["config"])
         try:
             config = space.trial_config(trial.params)
         except ValidationError:
             return None
         return config if set(space.params_of(config)) == set(trial.params) else None
 
-    def _restore_checkpoint(self, record: TrialRecord) -> None:
-        """Find the trial's last checkpoint, and in it an epoch that was trained but not yet entered in the history."""
-        found = self._context.storage.find_checkpoint("search", task_name(record.number))
+    def _restore_checkpoint(
+        self, record: TrialRecord, folders: Sequence[str], adopted: Mapping[str, Any] | None
+    ) -> None:
+        """Find the trial's last checkpoint, and in it an epoch that was trained but not yet entered in the history.
+
+        It has none of its own yet after what it adopted where it was cut off before the epoch that follows.
+        """
+        found = self._context.storage.find_checkpoint(folders)
+        if adopted is not None and (found is None or found[1].epoch <= adopted["epoch"]):
+            record.checkpoint = adopted["checkpoint"]
+            return
         if found is None:
             return
         record.checkpoint, metrics = found

@@ -16,6 +16,8 @@ from fmtune.model import stages_to_logits
 Group = dict[str, Any]
 """Parameters that an optimizer treats alike: `params`, and how."""
 
+_SETTINGS = ("initial_lr", "max_lr", "min_lr", "weight_decay", "momentum")
+"""What a group of an optimizer has from the configuration; its `lr` is where the schedule has got to."""
 _ONECYCLE_STEPS = 5
 """Fewest steps that torch can lay both legs of the cycle over."""
 
@@ -76,11 +78,18 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a state was saved, with this configuration's rates, momentum and decay, if those have changed."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            own = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
+            for group, settings in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] *= settings["initial_lr"] / group["initial_lr"]
+                group.update(settings)
             _match_memory_format(optimizer)
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+            base = scheduler.base_lrs
             scheduler.load_state_dict(saved)
+            scheduler.base_lrs = base
         self._scaler.load_state_dict(state["scaler"])
 
 

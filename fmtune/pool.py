@@ -67,7 +67,7 @@ class PooledTrial(tune.Trainable):
                 self.cleanup()
                 if self._deaths > DEATHS:
                     raise RuntimeError(f"a worker died for the {self._deaths}th time: {error}") from None
-        return metrics.as_dict() | {"done": metrics.epoch == self._task.config.epochs}
+        return metrics.as_dict() | {"done": metrics.epoch == self._task.last_epoch}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         for name, content in self._files.items():

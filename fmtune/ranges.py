@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, Protocol
 
 from fmtune.config import Scalar
@@ -12,6 +13,12 @@ Condition = Mapping[str, tuple[Scalar, ...]]
 """Values, of other parameters by dotted key, under which a range is searched."""
 KINDS = ("choice", "int", "float", "log")
 """Keys that make a mapping of the YAML a range."""
+
+
+_RESAMPLED = 0.25
+"""Probability of drawing a value anew instead of moving it."""
+_STEPS = (0.8, 1.2)
+"""Factors by which a number is moved."""
 
 
 class Suggests(Protocol):
@@ -49,6 +56,10 @@ class Choice:
 
     def contains(self, value: Scalar) -> bool:
         return value in self.values
+
+    def move(self, value: Scalar, random: Random) -> Scalar:
+        """Another value, or the same one most of the time: there is none near it."""
+        return random.choice(self.values) if random.random() < _RESAMPLED else value
 
     def suggest(self, trial: Suggests, name: str) -> Scalar:
         drawn: Scalar = trial.suggest_categorical(name, self.values)
@@ -91,6 +102,24 @@ class Interval:
 
     def contains(self, value: Scalar) -> bool:
         return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def move(self, value: Scalar, random: Random) -> Scalar:
+        """A value near the given one, or any (Jaderberg et al., 2017, https://arxiv.org/abs/1711.09846, "explore")."""
+        assert isinstance(value, int | float)
+        moved: float
+        if random.random() < _RESAMPLED:
+            share = random.random()
+            if self.kind == "log":
+                moved = self.low * (self.high / self.low) ** share
+            else:
+                moved = self.low + share * (self.high - self.low)
+        else:
+            moved = value * random.choice(_STEPS)
+            # What is small stays where it is when rounded.
+            if self.kind == "int" and round(moved) == value:
+                moved = value + random.choice((-1, 1))
+        moved = min(max(moved, self.low), self.high)
+        return round(moved) if self.kind == "int" else moved
 
     def suggest(self, trial: Suggests, name: str) -> Scalar:
         if self.kind == "int":

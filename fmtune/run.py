@@ -40,6 +40,8 @@ class TrialRecord:
         history: metrics of each epoch so far.
         checkpoint: path or URL of the last epoch's training state.
         cause: why it failed.
+        earlier: where its configuration changed along the training, those before `config`, each with the last epoch
+            that it held for.
     """
 
     number: int
@@ -49,6 +51,7 @@ class TrialRecord:
     history: list[EpochMetrics] = field(default_factory=list)
     checkpoint: str | None = None
     cause: str | None = None
+    earlier: list[tuple[int, TrialConfig]] = field(default_factory=list)
 
     @property
     def last(self) -> EpochMetrics | None:

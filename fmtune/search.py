@@ -39,6 +39,10 @@ _KEPT_PARTS = {"data": "data", "baseline": "baseline", "fixed": "trial", "ranges
 """What of a space a resumed run must leave as it was, and the section of the YAML that says it."""
 
 
+_KEPT_KEYS = ("metric", "objectives", "storage")
+"""What of its `search` too."""
+
+
 class Interrupted(FmtuneError):
     """Ctrl-C; the run folder can be gone on with."""
 
@@ -239,14 +243,22 @@ def _check_folder(path: Path, space: Space, resume: bool) -> None:
     if not resume:
         raise RunFolderError(f"{path}: the run folder exists; go on with --resume, or choose another --name")
     earlier = Space.load(RunFolder.open(path).space)
-    if earlier.search.metric != space.search.metric:
-        raise RunFolderError(f"{path}: --resume with another search.metric; its space.yaml has {earlier.search.metric}")
+    for name in _KEPT_KEYS:
+        if (kept := getattr(earlier.search, name)) != getattr(space.search, name):
+            raise RunFolderError(f"{path}: --resume with another search.{name}; its space.yaml has {_in_words(kept)}")
     for part, name in _KEPT_PARTS.items():
         if getattr(earlier, part) != getattr(space, part):
             raise RunFolderError(
                 f"{path}: --resume with another `{name}` than in its space.yaml; only search, resources and logging "
                 "may change"
             )
+
+
+def _in_words(value: str | Sequence[str] | None) -> str:
+    """A value of `search` as its YAML has it."""
+    if value is None:
+        return "null"
+    return value if isinstance(value, str) else f"[{', '.join(value)}]"
 
 
 def _check_channels(space: Space, data: TrainingData) -> None:

@@ -15,9 +15,10 @@ from types import FrameType
 from typing import TextIO
 
 # Read by Ray when it is started, or a Tuner. Tune's own handler of Ctrl-C writes a snapshot that fmtune has no use for
-# and takes long; a plain KeyboardInterrupt ends the run in seconds.
+# and takes long; a plain KeyboardInterrupt ends the run in seconds. Of its loggers fmtune names those that it wants.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 # By default a process that has nothing to do is ended after a second where there are more of them than CPUs: in a long

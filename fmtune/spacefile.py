@@ -16,6 +16,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from fmtune.config import (
+    MUTABLE,
     Config,
     DataConfig,
     LoggingConfig,
@@ -174,6 +175,8 @@ class SpaceReader:
         self._check_batch_sizes(sections)
         if sections.search.sampler == "grid":
             self._check_grid(sections.ranges)
+        if sections.search.scheduler == "pbt" and not set(MUTABLE) & set(sections.ranges):
+            self._add("search.scheduler", f"pbt changes values along a training; search one of {', '.join(MUTABLE)}")
         for i, values in enumerate(sections.search.tries):
             self._check_try(f"search.try.{i}", values, sections.ranges)
         if self._problems:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -48,21 +48,29 @@ class Storage:
         """Folders in it whose names begin so."""
         return len(self._folders(prefix))
 
-    def find_checkpoint(self, prefix: str, name: str) -> tuple[str, EpochMetrics] | None:
-        """The newest whole checkpoint of a trial and its epoch's metrics.
+    def list_trials(self, prefix: str) -> dict[str, list[str]]:
+        """Where Tune has kept each trial: folders by the name of the trial, which may have several.
 
         Args:
             prefix: what the names of the experiments begin with that are looked through.
-            name: the trial's folder in each of them.
         """
-        found: list[fs.FileInfo] = []
+        found: dict[str, list[str]] = {}
         for experiment in self._folders(prefix):
-            below = fs.FileSelector(f"{experiment}/{name}", allow_not_found=True, recursive=True)
+            for info in self._system.get_file_info(fs.FileSelector(experiment)):
+                # What follows a hyphen tells parts of a trial.
+                found.setdefault(info.base_name.partition("-")[0], []).append(info.path)
+        return found
+
+    def find_checkpoint(self, folders: Sequence[str]) -> tuple[str, EpochMetrics] | None:
+        """The newest whole checkpoint in a trial's folders, and its epoch's metrics."""
+        found: list[fs.FileInfo] = []
+        for folder in folders:
+            below = fs.FileSelector(folder, allow_not_found=True, recursive=True)
             found += [info for info in self._system.get_file_info(below) if _is_of_checkpoint(info.path)]
         for info in sorted(found, key=lambda info: info.mtime_ns, reverse=True):
             place = self.place_of(str(PurePosixPath(info.path).parent))
-            with fetch(place) as folder:
-                if (metrics := load_metrics(folder)) is not None:
+            with fetch(place) as copy:
+                if (metrics := load_metrics(copy)) is not None:
                     return place, metrics
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import optuna
@@ -20,6 +21,8 @@ STUDY = "fmtune"
 """Name of the study; a database holds one."""
 CAUSE = "cause"
 """User attribute of a trial: what it died of."""
+ADOPTED = "adopted"
+"""User attribute of a trial: what it took over from another one last."""
 _RUN, _NUMBER = "run", "number"
 """User attributes of a trial in a study that is shared: the run that it is of, and its number there."""
 _SPACE = "space"
@@ -63,6 +66,9 @@ class RunTrials:
     def number_of(self, trial: FrozenTrial | optuna.Trial) -> int:
         """The run's number of one of its trials, also of one that is only just being made."""
         return self._numbers.get(trial.number, len(self._numbers)) if self._run is not None else trial.number
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
     def study_number(self, number: int) -> int:
         """The number in the study of the run's trial `number`."""
@@ -139,8 +145,12 @@ def tell(
         study.tell(number, values)
 
 
+def keep_attribute(study: optuna.Study, number: int, name: str, value: Any) -> None:
+    """Keep something with a trial of the study, as JSON."""
+    study._storage.set_trial_user_attr(study.get_trials(deepcopy=False)[number]._trial_id, name, value)
+
+
 def fail(study: optuna.Study, number: int, cause: str) -> None:
     """End a trial of the study that died, and keep what it died of with it."""
-    trial_id = study.get_trials(deepcopy=False)[number]._trial_id
-    study._storage.set_trial_user_attr(trial_id, CAUSE, cause)
+    keep_attribute(study, number, CAUSE, cause)
     study.tell(number, state=TrialState.FAIL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,6 +49,9 @@ class Task:
         rows: `train` holds the validation part out; `all` trains on it too, and measures nothing.
         number: the trial's number in the search, None outside it.
         resume_from: path or URL of a checkpoint of this trial to go on from.
+        until: epoch that it stops after, if that is not its last one.
+        earlier: where the configuration changes along the training, those before `trial`, each with the last epoch that
+            it holds for.
     """
 
     name: str
@@ -57,6 +60,13 @@ class Task:
     rows: Literal["train", "all"] = "train"
     number: int | None = None
     resume_from: str | None = None
+    until: int | None = None
+    earlier: Sequence[tuple[int, dict[str, Any]]] = ()
+
+    @property
+    def last_epoch(self) -> int:
+        """The last one that is trained."""
+        return self.config.epochs if self.until is None else self.until
 
     @property
     def config(self) -> TrialConfig:
@@ -193,9 +203,14 @@ def _run_worker(config: dict[str, Any]) -> None:
 
 def _train(task: Task, shared: SharedData, device: torch.device, rank: int, workers: int, report: Report) -> None:
     distribute = _distribute if workers > 1 else None
-    training = create_training(task, shared, device, rank, workers, distribute)
-    while training.state.epoch < task.config.epochs:
-        report(training.run_epoch(), training.state)
+    state = _load_state(task.resume_from) if task.resume_from else None
+    for last, trial in (*task.earlier, (task.last_epoch, task.trial)):
+        if state is not None and state["epoch"] >= last:
+            continue
+        training = create_training(replace(task, trial=trial), shared, device, rank, workers, distribute, state)
+        while training.state.epoch < last:
+            report(training.run_epoch(), training.state)
+        state = training.state.state_dict()
 
 
 def _distribute(network: nn.Module) -> nn.Module:
@@ -204,9 +219,15 @@ def _distribute(network: nn.Module) -> nn.Module:
 
 
 def create_training(
-    task: Task, shared: SharedData, device: torch.device, rank: int, workers: int, distribute: Distribute | None
+    task: Task,
+    shared: SharedData,
+    device: torch.device,
+    rank: int,
+    workers: int,
+    distribute: Distribute | None,
+    state: dict[str, Any] | None = None,
 ) -> Training:
-    """A task made ready to train, at the epoch of its checkpoint if it has one.
+    """A task made ready to train, at the epoch of a state, or of its checkpoint if it has one.
 
     Args:
         task: what to train.
@@ -215,7 +236,10 @@ def create_training(
         rank: this process's place among `workers`.
         workers: processes that train the task together.
         distribute: wraps the network for them.
+        state: `TrainingState.state_dict()` to go on from.
     """
+    if state is None and task.resume_from:
+        state = _load_state(task.resume_from)
     config = task.config
     images, labels = tensors_on_device(shared, device)
     rows = np.union1d(shared.train_rows, shared.validation_rows) if task.rows == "all" else shared.train_rows
@@ -225,7 +249,7 @@ def create_training(
     validation = replace(train, rows=torch.tensor(shared.validation_rows, device=place))
     torch.manual_seed(task.seed)
     network = create_model(config.model, shared.pixels.channels, shared.classes)
-    if config.model.pretrained is not None and task.resume_from is None:
+    if config.model.pretrained is not None and state is None:
         load_pretrained(network, config.model, weights_folder())
     return Training(
         network.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
@@ -234,7 +258,7 @@ def create_training(
         None if task.rows == "all" else validation,
         config,
         seed=task.seed,
-        resume_from=_load_state(task.resume_from) if task.resume_from else None,
+        resume_from=state,
         distribute=distribute,
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -14,6 +16,7 @@ from optuna.trial import FrozenTrial
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
+from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -22,6 +25,7 @@ from fmtune.config import ResourcesConfig, Scalar, TrialConfig, flatten
 from fmtune.failures import DEATHS, EndsErrors, InOrder, find_cause, is_error_of_training
 from fmtune.objectives import Objectives, rank_fronts
 from fmtune.pool import PooledTrial
+from fmtune.population import Adoption, Population
 from fmtune.room import count_slots
 from fmtune.run import TrialRecord
 from fmtune.space import Space
@@ -102,6 +106,7 @@ class StudySearch(_NotStored, OptunaSearch):
         self._interrupted = list(interrupted)
         self._has_time = has_time
         self._tasks: dict[str, Task] = {}
+        self._running: dict[str, Task] = {}
         self._reported: dict[str, int] = {}
 
     @property
@@ -113,16 +118,17 @@ class StudySearch(_NotStored, OptunaSearch):
         if not self._has_time():
             # Ray's type of the method leaves out the marker that its documentation asks for.
             return Searcher.FINISHED  # type: ignore[return-value]
-        if self._interrupted:
-            task = self._interrupted.pop(0)
-            stored = self.study.get_trials(deepcopy=False)[self._own.study_number(task.trial_number)]
-            self._ot_trials[trial_id] = optuna.trial.Trial(self.study, stored._trial_id)
-        else:
-            asked = self.study.ask()
-            task = self._create_task(asked)
-            self._ot_trials[trial_id] = asked
-        self._tasks[trial_id] = task
+        task = self._next_task()
+        if task is None:
+            return None if self._running else Searcher.FINISHED  # type: ignore[return-value]
+        stored = self.study.get_trials(deepcopy=False)[self._own.study_number(task.trial_number)]
+        self._ot_trials[trial_id] = optuna.trial.Trial(self.study, stored._trial_id)
+        self._tasks[trial_id] = self._running[trial_id] = task
         return task.as_dict()
+
+    def _next_task(self) -> Task | None:
+        """What is to be trained next; None if that depends on what is being trained, or there is nothing more."""
+        return self._interrupted.pop(0) if self._interrupted else self._create_task(self.study.ask())
 
     def _create_task(self, asked: optuna.Trial) -> Task:
         space, number = self._searched, self._own.add(asked)
@@ -136,13 +142,17 @@ class StudySearch(_NotStored, OptunaSearch):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         task, asked = self._tasks[trial_id], self._ot_trials[trial_id]
+        self._running.pop(trial_id, None)
         if error or not result or self.metric not in result:
             # Tune does not tell a searcher what a trial died of: `fail` ends it.
             return
         # Tune keeps the result that a trial is stopped at from `on_trial_result`.
         self._report(trial_id, result)
-        values = self._objectives.measure(task.config, result) if self._objectives else [result[self.metric]]
         is_done = result["epoch"] == task.config.epochs
+        if task.until is not None and not is_done:
+            # A part of a training, which goes on.
+            return
+        values = self._objectives.measure(task.config, result) if self._objectives else [result[self.metric]]
         tell(self._searched, self.study, asked.number, values, is_done=is_done, is_baseline=task.number == 0)
 
     def _report(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -156,6 +166,51 @@ class StudySearch(_NotStored, OptunaSearch):
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a run is resumed from its study and its history")
+
+
+class PopulationSearch(StudySearch):
+    """Proposes the trainings of a population part by part: new members first, then whoever has trained least.
+
+    Args:
+        population: says how far a part goes, and what a member takes over before it.
+        records: the trials by number.
+        task_of: makes the task of a trial, from its last checkpoint on.
+        on_adoption: enters into a trial's record what it takes over.
+        options: those of `StudySearch`.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        records: Mapping[int, TrialRecord],
+        task_of: Callable[[TrialRecord], Task],
+        on_adoption: Callable[[TrialRecord, Adoption], None],
+        **options: Any,
+    ) -> None:
+        super().__init__(interrupted=[], **options)
+        self._population, self._records = population, records
+        self._task_of, self._on_adoption = task_of, on_adoption
+
+    def _next_task(self) -> Task | None:
+        busy = {task.number for task in self._running.values()}
+        waiting = [r for r in self._records.values() if r.state == "running" and r.number not in busy]
+        if any(record.number == 0 for record in waiting):
+            return self._task_of(self._records[0])
+        if len(self._own) < self._searched.trials:
+            task = self._create_task(self.study.ask())
+            return task if task.number == 0 else self._cut(task, TrialRecord(task.trial_number, task.config, {}))
+        if not waiting:
+            return None
+        record = min(waiting, key=lambda record: (len(record.history), record.number))
+        members = [other for other in self._records.values() if other.number != 0]
+        if (adoption := self._population.judge(record, members)) is not None:
+            self._on_adoption(record, adoption)
+        return self._cut(self._task_of(record), record)
+
+    def _cut(self, task: Task, record: TrialRecord) -> Task:
+        """A task as far as its next part goes, under a name of its own."""
+        stop = self._population.next_stop(record)
+        return replace(task, name=f"{task.name}-{stop:03d}", until=stop)
 
 
 class TaskRounds(_NotStored, Searcher):
@@ -321,6 +376,11 @@ class ParetoAsha(Asha):
         stays = self._enter(task.trial_number, task.config, result)
         return str(TrialScheduler.CONTINUE if stays else TrialScheduler.STOP)
 
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        task = Task(**trial.config)
+        if task.number != 0 and self._time_attr in result:
+            self._enter(task.trial_number, task.config, result)
+
     def replay(self, record: TrialRecord, metric: str) -> None:
         for metrics in record.history if record.number != 0 else ():
             self._enter(record.number, record.config, metrics.as_dict())
@@ -443,6 +503,33 @@ class _Reports(_NotStored, tune.Callback):
         self._watcher.on_end(Task(**trial.config), find_cause(trial))
 
 
+class _KeepsLast(_NotStored, tune.Callback):
+    """Deletes a trial's checkpoint once the next one is there.
+
+    Tune does so too where it is told how many to keep, and then writes the state of all trials whenever one of them has
+    that many new ones: with thousands of trials it does little else.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, str] = {}
+
+    def on_checkpoint(
+        self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: tune.Checkpoint, **info: Any
+    ) -> None:
+        before = self._last.get(trial.trial_id, checkpoint.path)
+        if before != checkpoint.path:
+            assert checkpoint.filesystem is not None
+            with suppress(FileNotFoundError):
+                checkpoint.filesystem.delete_dir(before)
+        self._last[trial.trial_id] = checkpoint.path
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._last.pop(trial.trial_id, None)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._last.pop(trial.trial_id, None)
+
+
 def run_trials(
     shared: SharedData,
     resources: ResourcesConfig,
@@ -494,9 +581,9 @@ def run_trials(
             name=name,
             storage_path=storage,
             stop=until,
-            callbacks=[_Reports(watcher), EventFiles(params_of)],
+            callbacks=[_Reports(watcher), _KeepsLast(), EventFiles(params_of), JsonLoggerCallback()],
             # Tune asks a pooled trial for its checkpoints; the others bring them.
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_frequency=int(pooled)),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=int(pooled)),
             failure_config=tune.FailureConfig(max_failures=DEATHS),
             verbose=0,
         ),

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> RunFolder:
     )
     folder = RunFolder(tmp_path / "one")
     folder.path.mkdir()
-    folder.space.write_text("")
+    folder.space.write_text("trial: {}")
     _study(folder).optimize(_objective, 2)
     return folder
 

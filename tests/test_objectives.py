@@ -16,7 +16,7 @@ from tables import sample_rows, write_csv
 
 import fmtune
 from fmtune.config import ModelConfig, SearchConfig, TrialConfig
-from fmtune.errors import SpaceError
+from fmtune.errors import RunFolderError, SpaceError
 from fmtune.objectives import Objectives, rank_fronts
 from fmtune.run import TrialRecord
 from fmtune.space import Space
@@ -108,6 +108,20 @@ def test_a_small_network_is_not_stopped_for_its_accuracy() -> None:
     assert _report(scheduler, 1, 2, 0.0, 8) == TrialScheduler.CONTINUE, "there is no rung at 2"
 
 
+def test_a_trial_that_ends_is_entered_once() -> None:
+    """Tune tells the scheduler of the last result twice."""
+    scheduler = _scheduler()
+    for number in range(1, 7):
+        config = TrialConfig(epochs=9, model=ModelConfig(width=8))
+        trial = Trial("stub", trial_id=str(number), config=create_task(0, number, config).as_dict(), stub=True)
+        result = {"epoch": 9, "val_accuracy": 0.80 + number / 100}
+        scheduler.on_trial_add(None, trial)
+        scheduler.on_trial_result(None, trial, result)
+        scheduler.on_trial_complete(None, trial, result)
+    assert _report(scheduler, 8, 3, 0.70, 8) == TrialScheduler.CONTINUE, "a rung is entered where it is reached"
+    assert _report(scheduler, 9, 9, 0.70, 8) == TrialScheduler.STOP
+
+
 def test_a_resumed_search_finds_its_rungs_filled() -> None:
     scheduler, replayed = _scheduler(), _scheduler()
     for number in range(1, 7):
@@ -174,5 +188,8 @@ def test_a_search_finds_a_front_and_takes_one_of_it(ray_cluster: None, sampler: 
             assert trial.values == [float(row["val_accuracy"]), float(row["parameters"])]
     page = result.folder.report.read_text()
     assert "The Pareto front" in page and 'id="parameters-plot"' in page
+    alone = {key: value for key, value in space["search"].items() if key != "objectives"}
+    with pytest.raises(RunFolderError, match=r"another search\.objectives; .* has \[val_accuracy, parameters\]"):
+        fmtune.search(space | {"search": alone}, name="front", runs=tmp_path, resume=True)
     space["search"]["trials"] = 11
     assert sum(fmtune.search(space, name="front", runs=tmp_path, resume=True).summary["trials"].values()) == 11

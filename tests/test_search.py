@@ -26,7 +26,7 @@ import fmtune.view
 from fmtune import evaluate, load, predict, search, train
 from fmtune.board import Board
 from fmtune.calibration import measure_calibration
-from fmtune.checkpoint import read_json
+from fmtune.checkpoint import load_metrics, read_json
 from fmtune.choice import Chooser
 from fmtune.data import measure_pixels
 from fmtune.errors import InputError, RunFailed, RunFolderError, SpaceError
@@ -266,6 +266,14 @@ def test_the_board_knows_what_is_under_way(
     assert 1 <= witness.most <= ray.cluster_resources()["CPU"]
     assert witness.board.in_flight == {}
     assert sorted(witness.board.ended) == [0, 1, 2]
+
+
+def test_of_each_trial_the_last_checkpoint_is_kept_alone(result: RunResult) -> None:
+    trials = [folder for folder in (result.folder.ray / "search").iterdir() if folder.is_dir()]
+    assert len(trials) == 4
+    for folder in trials:
+        (kept,) = folder.glob("checkpoint_*")
+        assert load_metrics(kept) is not None
 
 
 def test_a_taken_folder_is_refused_and_left_alone(result: RunResult, source: Path) -> None:

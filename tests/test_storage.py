@@ -155,14 +155,19 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
         for path in folder.iterdir():
             os.utime(path, (1000 + number, 1000 + number))
     (folder / "tensors.safetensors").unlink()
-    found = Storage(str(tmp_path)).find_checkpoint("search", "00004")
+    (tmp_path / "search-2" / "00006-002").mkdir(parents=True)
+    storage = Storage(str(tmp_path))
+    trials = storage.list_trials("search")
+    assert {name: len(folders) for name, folders in trials.items()} == {"00004": 2, "00006": 1}
+    found = storage.find_checkpoint(trials["00004"])
     assert found is not None
     place, metrics = found
     assert (place, metrics.epoch) == (str(tmp_path / "search" / "00004" / "checkpoint_000002"), 2)
     with fetch(place) as folder:
         assert str(folder) == place
-    assert Storage(str(tmp_path)).find_checkpoint("search", "00005") is None
-    assert Storage(str(tmp_path)).count("search") == 2
+    assert storage.find_checkpoint(trials["00006"]) is None
+    assert storage.find_checkpoint([]) is None
+    assert storage.count("search") == 2
 
 
 def test_places_in_a_bucket_keep_the_query_of_its_url() -> None:

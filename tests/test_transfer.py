@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -39,8 +40,8 @@ def _pick(batches: Batches, count: int) -> tuple[Batches, Batches]:
     return few, Batches(batches.images, batches.labels, torch.tensor(others))
 
 
-def _train(batches: Batches, model: ModelConfig, epochs: int) -> ResNet:
-    torch.manual_seed(0)
+def _train(batches: Batches, model: ModelConfig, epochs: int, seed: int = 0) -> ResNet:
+    torch.manual_seed(seed)
     network = create_model(model, 1, 5)
     if model.pretrained is not None:
         load_pretrained(network, model, Path("none"))
@@ -68,8 +69,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("freeze", [0, 3])
 def test_weights_of_other_classes_help_where_images_are_few(pretrained: str, freeze: int) -> None:
-    """With 20 images a class, whether all stages are trained on or some; the head alone does not make up for it."""
+    """With 20 images a class, whether all stages are trained on or some; from scratch it is a matter of luck."""
     few, others = _pick(_load(5), FEW)
-    scratch = _accuracy(_train(few, ModelConfig(width=8), epochs=20), others)
+    scratch = fmean(_accuracy(_train(few, ModelConfig(width=8), epochs=20, seed=seed), others) for seed in range(4))
     tuned = _accuracy(_train(few, ModelConfig(width=8, pretrained=pretrained, freeze=freeze), epochs=20), others)
     assert tuned > scratch

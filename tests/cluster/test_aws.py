@@ -126,7 +126,7 @@ def test_workers_come_for_a_search_and_go_after_it(ec2: Ec2) -> None:
         ec2.operator.run(f"cd project; {lines[verb]}", 240)
     assert ec2.running() == ["m5.xlarge"]
     for verb in ("exec", "rsync-down"):
-        ec2.operator.run(f"cd project; {lines[verb]}", 300)
+        ec2.operator.run(f"cd project; {lines[verb]}", 480)
     folder = RunFolder.open(ec2.operator.home / "project" / "runs" / "photos")
     assert folder.read_summary()["trials"] == {"complete": 2, "pruned": 0, "failed": 0}
     assert sorted(i["InstanceType"] for i in ec2.seen.values()) == ["g5.xlarge", "g5.xlarge", "m5.xlarge"]

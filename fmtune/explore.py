@@ -80,7 +80,7 @@ class Exploration:
                 can_grow=context.can_grow,
             )
         self._close_running()
-        if context.objectives is None:
+        if context.space.search.storage is not None and context.objectives is None:
             self._note_others()
 
     def _create_searcher(self, storage: optuna.storages.BaseStorage, interrupted: Sequence[Task]) -> StudySearch:

@@ -46,8 +46,8 @@ class Objectives:
         complete = [record for record in measured if record.state == "complete"] or measured
         if not complete:
             return []
-        fronts = rank_fronts(np.array([self._gains_of(record) for record in complete]))
-        return [record for record, front in zip(complete, fronts, strict=True) if front == 0]
+        is_beaten = find_beaten(np.array([self._gains_of(record) for record in complete]))
+        return [record for record, beaten in zip(complete, is_beaten, strict=True) if not beaten]
 
     def pick(self, front: Sequence[TrialRecord], images: int) -> TrialRecord:
         """The trial to take of a front, by the one-standard-error rule (Breiman et al., 1984, CART, section 3.4.3).
@@ -80,17 +80,21 @@ class Objectives:
         return self.gains(record.config, record.last.as_dict())
 
 
+def find_beaten(points: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which of the points (N, K) another is at least equal to everywhere and better than somewhere; more is better."""
+    return np.array([((points >= point).all(axis=1) & (points > point).any(axis=1)).any() for point in points])
+
+
 def rank_fronts(points: NDArray[np.float64]) -> NDArray[np.int64]:
     """The front (N,) of each point (N, K), of which more is better on each axis.
 
-    Front 0 has those that no other is at least equal to everywhere and better than somewhere; each further one has
-    those that are so once the fronts before it are taken away (Deb et al., 2002, https://doi.org/10.1109/4235.996017).
+    Front 0 has those that no other beats; each further one has those that none does once the fronts before it are taken
+    away (Deb et al., 2002, https://doi.org/10.1109/4235.996017).
     """
     fronts = np.full(len(points), -1)
     left, front = np.arange(len(points)), 0
     while len(left):
-        rest = points[left]
-        is_beaten = np.array([((rest >= point).all(axis=1) & (rest > point).any(axis=1)).any() for point in rest])
+        is_beaten = find_beaten(points[left])
         fronts[left[~is_beaten]] = front
         left, front = left[is_beaten], front + 1
     return fronts

@@ -37,8 +37,6 @@ from fmtune.view import create_view
 SpaceSource = Space | str | Path | Mapping[str, Any]
 _KEPT_PARTS = {"data": "data", "baseline": "baseline", "fixed": "trial", "ranges": "trial", "storage": "storage"}
 """What of a space a resumed run must leave as it was, and the section of the YAML that says it."""
-
-
 _KEPT_KEYS = ("metric", "objectives", "storage")
 """What of its `search` too."""
 

@@ -107,6 +107,7 @@ class StudySearch(_NotStored, OptunaSearch):
         self._has_time = has_time
         self._tasks: dict[str, Task] = {}
         self._running: dict[str, Task] = {}
+        self._asked: dict[int, optuna.Trial] = {}
         self._reported: dict[str, int] = {}
 
     @property
@@ -121,10 +122,16 @@ class StudySearch(_NotStored, OptunaSearch):
         task = self._next_task()
         if task is None:
             return None if self._running else Searcher.FINISHED  # type: ignore[return-value]
-        stored = self.study.get_trials(deepcopy=False)[self._own.study_number(task.trial_number)]
-        self._ot_trials[trial_id] = optuna.trial.Trial(self.study, stored._trial_id)
+        self._ot_trials[trial_id] = self._trial_of(task.trial_number)
         self._tasks[trial_id] = self._running[trial_id] = task
         return task.as_dict()
+
+    def _trial_of(self, number: int) -> optuna.Trial:
+        """The study's side of a trial of the run; only that of an earlier attempt is looked for among all trials."""
+        if number not in self._asked:
+            stored = self.study.get_trials(deepcopy=False)[self._own.study_number(number)]
+            self._asked[number] = optuna.trial.Trial(self.study, stored._trial_id)
+        return self._asked[number]
 
     def _next_task(self) -> Task | None:
         """What is to be trained next; None if that depends on what is being trained, or there is nothing more."""
@@ -132,6 +139,7 @@ class StudySearch(_NotStored, OptunaSearch):
 
     def _create_task(self, asked: optuna.Trial) -> Task:
         space, number = self._searched, self._own.add(asked)
+        self._asked[number] = asked
         if number == 0 and not space.is_single:
             asked.set_user_attr("baseline", True)
         config = space.baseline if number == 0 else space.trial_config(space.suggest(asked))

@@ -19,10 +19,11 @@ from fmtune.model import Pixels
 from fmtune.objectives import Objectives
 from fmtune.room import measure_capacity, whole_machine
 from fmtune.run import TrialRecord
+from fmtune.seeds import derive_seed
 from fmtune.storage import fetch
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
-from fmtune.trial import SharedData, Task, derive_seed
+from fmtune.trial import SharedData, Task
 from fmtune.tuner import TaskRounds, Until, run_trials
 
 _REFIT = 0
@@ -197,7 +198,7 @@ class Chooser:
     def _retrain_finalists(self, ranked: Sequence[TrialRecord]) -> dict[int, list[EpochMetrics]]:
         """What the leaders reach from fresh seeds, by trial number; empty where this is skipped or not finished."""
         context, search = self._context, self._context.space.search
-        leaders = [record for record in ranked if record.state == "complete"][: search.finalists]
+        leaders = [record for record in ranked if record.state == "complete"][: search.retrained]
         if len(leaders) < 2:
             return {}
         if lead := self._clear_lead(leaders):

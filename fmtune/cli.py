@@ -229,6 +229,9 @@ def main() -> None:
         for line in error.lines:
             click.echo(f"error: {line}", err=True)
         raise SystemExit(error.exit_code) from None
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        raise SystemExit(InputError.exit_code) from None
     except click.ClickException as error:
         click.echo(f"error: {error.format_message()}", err=True)
         raise SystemExit(InputError.exit_code) from None

@@ -173,6 +173,7 @@ class SearchConfig(Config):
     """Searches the Pareto front of these in place of one best trial: val_accuracy, and images_per_second of training or
     parameters or both. More accuracy, more images and fewer parameters are better, with or without a minus sign."""
     sampler: Literal["tpe", "random", "cmaes", "gp", "grid"] = "tpe"
+    """Which values are tried: as those before suggest (tpe, cmaes, gp), at random, or all of a grid."""
     scheduler: Literal["asha", "hyperband", "median", "pbt", "none"] = "asha"
     """Which trials are stopped before their last epoch; pbt trains all of them to it, and has those that fall behind go
     on from the weights of a leader, with the leader's values a little changed."""
@@ -224,6 +225,11 @@ class SearchConfig(Config):
     def mode(self) -> Literal["max", "min"]:
         """Direction of `metric`."""
         return "max" if self.metric == "val_accuracy" else "min"
+
+    @property
+    def retrained(self) -> int:
+        """Leaders to be retrained with fresh seeds: none of a front, whose trial is taken by a rule."""
+        return 0 if self.objectives else self.finalists
 
     @property
     def modes(self) -> list[Literal["max", "min"]]:
@@ -339,6 +345,7 @@ class TrialConfig(Config):
     """Everything that decides one training but its data and its seed."""
 
     epochs: PositiveInt = 6
+    """Passes over the training rows."""
     batch_size: PositiveInt = 256
     """Images a step, over all workers."""
     drop_last: bool = False

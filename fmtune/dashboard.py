@@ -15,7 +15,7 @@ from fmtune.errors import InputError, RunFolderError
 from fmtune.extras import import_extra
 from fmtune.run import RunFolder
 from fmtune.space import Space
-from fmtune.study import open_storage
+from fmtune.study import open_database
 
 _HOST = "127.0.0.1"
 
@@ -41,8 +41,8 @@ def create_dashboard(folder: RunFolder, port: int) -> WSGIServer:
     if folder.study.exists():
         # Read-only, so that no click on the page changes or deletes the study of a run.
         storage = optuna.storages.RDBStorage(f"sqlite:///file:{folder.study.resolve()}?mode=ro&uri=true")
-    elif (space := Space.load(folder.space)).search.storage is not None:
-        storage = open_storage(space, folder)
+    elif (url := Space.load(folder.space).search.storage) is not None:
+        storage = open_database(url)
     else:
         raise RunFolderError(f"{folder.path}: no study.db yet; a run makes it with its first trial")
     try:

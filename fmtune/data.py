@@ -134,8 +134,6 @@ def load_training_data(config: DataConfig) -> TrainingData:
     Raises:
         DataError: the source is missing, malformed, or unfit for training.
     """
-    if config.fallback is not None and config.fallback not in datasets.NAMES:
-        raise DataError(f"data.fallback: {config.fallback!r}; expected one of {', '.join(datasets.NAMES)}")
     loaded = load_split(config, "train")
     classes = Classes.of_table(loaded.table)
     if len(classes) < 2:

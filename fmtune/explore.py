@@ -19,11 +19,13 @@ from fmtune.population import Adoption, Population, adopt, count_segments, descr
 from fmtune.probe import count_operations
 from fmtune.room import count_slots, measure_capacity
 from fmtune.run import State, TrialRecord
+from fmtune.schedulers import create_scheduler, max_epochs
+from fmtune.seeds import derive_seed
 from fmtune.study import ADOPTED, CAUSE, STUDY, RunTrials, fail, keep_attribute, open_storage, tell
 from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
-from fmtune.trial import Task, derive_seed, task_name
-from fmtune.tuner import PopulationSearch, StudySearch, Until, create_scheduler, max_epochs, run_trials
+from fmtune.trial import Task, task_name
+from fmtune.tuner import PopulationSearch, StudySearch, Until, run_trials
 
 _BASELINE_SHARE = 0.25
 """Part of the time that the baseline may take."""
@@ -53,35 +55,39 @@ class Exploration:
         """Run trials until there are enough of them, or the rest of the time is needed for what follows."""
         context = self._context
         context.board.phase = "searching" if context.board.has_baseline else "training"
-        storage = open_storage(context.space, context.folder)
-        self._restore(storage)
+        with open_storage(context.space, context.folder) as storage:
+            self._restore(storage)
+            self._run_trials(storage)
+            self._close_running()
+            if context.space.search.storage is not None and context.objectives is None:
+                self._note_others()
+
+    def _run_trials(self, storage: optuna.storages.BaseStorage) -> None:
+        """Run those that were interrupted and fresh ones, so far as number and time allow."""
+        context = self._context
         earlier = [record for record in self._records.values() if record.state != "running"]
         interrupted = [record for record in self._records.values() if record.state == "running"]
-        tasks = [context.task_of(record) for record in interrupted]
-        searcher = self._create_searcher(storage, tasks)
+        searcher = self._create_searcher(storage, [context.task_of(record) for record in interrupted])
         self._study = searcher.study
         self._board.capacity = measure_capacity(context.space.resources)
         remaining = self._count_tasks(len(earlier))
-        if remaining > 0 and not self._timing.search_is_over():
-            run_trials(
-                context.shared,
-                context.space.resources,
-                searcher,
-                remaining,
-                name=context.experiment_name("search"),
-                storage=context.storage.place,
-                watcher=self,
-                params_of=context.space.params_of,
-                until=Until(self._is_over, self._baseline_is_over),
-                scheduler=create_scheduler(
-                    context.space, earlier, count_slots(context.space.resources), context.objectives
-                ),
-                pooled=not context.space.is_single,
-                can_grow=context.can_grow,
-            )
-        self._close_running()
-        if context.space.search.storage is not None and context.objectives is None:
-            self._note_others()
+        if remaining <= 0 or self._timing.search_is_over():
+            return
+        slots = count_slots(context.space.resources)
+        run_trials(
+            context.shared,
+            context.space.resources,
+            searcher,
+            remaining,
+            name=context.experiment_name("search"),
+            storage=context.storage.place,
+            watcher=self,
+            params_of=context.space.params_of,
+            until=Until(self._is_over, self._baseline_is_over),
+            scheduler=create_scheduler(context.space, list(self._records.values()), slots, context.objectives),
+            pooled=not context.space.is_single,
+            can_grow=context.can_grow,
+        )
 
     def _create_searcher(self, storage: optuna.storages.BaseStorage, interrupted: Sequence[Task]) -> StudySearch:
         context = self._context
@@ -236,9 +242,8 @@ class Exploration:
     def _restore_state(self, record: TrialRecord, trial: FrozenTrial, study: optuna.Study) -> None:
         """Take the state, and what a trial died of, from the study.
 
-        One that was cut off after its last epoch, or is set FAIL there without having died, is complete.
+        One that was cut off after its last epoch is complete.
         """
-        space = self._context.space
         record.state = _STATES[trial.state]
         if record.state == "failed":
             record.cause = trial.user_attrs.get(CAUSE)
@@ -246,7 +251,7 @@ class Exploration:
         if record.cause or len(record.history) < record.config.epochs or value is None:
             return
         if record.state == "running":
-            tell(space, study, trial.number, self._values(record), is_done=True, is_baseline=record.number == 0)
+            tell(study, trial.number, self._values(record), is_done=True)
             self._context.tracking.start_trial(record.number, record.config)
             self._context.tracking.end_trial(record.number, "complete")
         record.state = "complete"

@@ -37,7 +37,7 @@ def _describe(space: Space, data: TrainingData, path: Path) -> list[tuple[str, s
     ]
     if not space.is_single:
         lines.append(("trials", f"{space.trials}, by {search.sampler}, stopped early by {search.scheduler}"))
-        lines.append(("then", f"{search.finalists} finalists, refit: {'yes' if search.refit else 'no'}"))
+        lines.append(("then", f"{search.retrained} finalists, refit: {'yes' if search.refit else 'no'}"))
         lines += [("searched", f"{key}: {searched.as_yaml()}") for key, searched in space.ranges.items()]
     limit = space.time_limit
     lines.append(("time", format_seconds(limit) if limit else "no limit"))

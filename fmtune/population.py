@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -47,13 +48,13 @@ class Population:
     def next_stop(self, record: TrialRecord) -> int:
         """The epoch after which a member is to be compared next."""
         epochs = record.config.epochs
-        return min(epochs, len(record.history) + max(1, round(epochs / _SEGMENTS)))
+        return min(epochs, len(record.history) + _part(epochs))
 
-    def judge(self, record: TrialRecord, members: Sequence[TrialRecord]) -> Adoption | None:
+    def judge(self, record: TrialRecord, members: Sequence[TrialRecord], busy: Collection[int] = ()) -> Adoption | None:
         """What a member is to take over before it goes on, None where it goes on as it is.
 
         Members are compared at the epoch that this one has reached; those that lead must have got as far, and have
-        some way to go.
+        some way to go. From those that are `busy` training nothing is taken: their checkpoints go with the next epoch.
         """
         epoch = len(record.history)
         reached = [m for m in members if m.state != "failed" and len(m.history) >= epoch > 0]
@@ -61,7 +62,8 @@ class Population:
         count = len(ranked) // _QUANTILE
         if count == 0 or record not in ranked[:count]:
             return None
-        leaders = [m for m in ranked[-count:] if m.checkpoint and len(m.history) < m.config.epochs]
+        resting = [m for m in ranked[-count:] if m.checkpoint and m.number not in busy]
+        leaders = [m for m in resting if len(m.history) < m.config.epochs]
         if not leaders:
             return None
         random = self._random_of(record.number, epoch)
@@ -77,9 +79,15 @@ class Population:
             return donor.config
 
 
+def _part(epochs: int) -> int:
+    """Epochs of a part of a training."""
+    return max(1, round(epochs / _SEGMENTS))
+
+
 def count_segments(space: Space, epochs: int) -> int:
-    """Parts of all trainings of so many epochs together, the baseline's one included, at most."""
-    return 1 + (space.trials - 1) * -(-epochs // max(1, round(epochs / _SEGMENTS)))
+    """Parts of all trainings of up to so many epochs together, the baseline's one included, at most."""
+    # Seven epochs have more parts than eight.
+    return 1 + (space.trials - 1) * max(math.ceil(most / _part(most)) for most in range(1, epochs + 1))
 
 
 def adopt(record: TrialRecord, adoption: Adoption, params: dict[str, Scalar]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from rich.console import Console
 
 from fmtune.board import Board
 from fmtune.choice import Choice, Chooser
@@ -29,7 +30,7 @@ from fmtune.space import Space
 from fmtune.storage import Storage, check_storage
 from fmtune.study import check_study
 from fmtune.summary import conclude
-from fmtune.timing import Timing, read_clock, write_clock
+from fmtune.timing import Timing, is_finished, read_clock, write_clock
 from fmtune.trackers import connect_trackers, track
 from fmtune.trial import SharedData
 from fmtune.view import create_view
@@ -157,6 +158,8 @@ def run_space(
     """Run a resolved space into the folder `path`; arguments and errors are those of `search`."""
     started = time.monotonic() if started is None else started
     _check_folder(path, space, resume)
+    if (result := _read_finished(path, space)) is not None:
+        return result
     if space.storage is not None:
         _check_storage(space.storage, path)
     data = load_training_data(space.data)
@@ -166,8 +169,9 @@ def run_space(
     # A Ray that somebody else uses too has no room to take whole.
     is_own = address is None and not ray.is_initialized()
     folder = RunFolder(path)
-    check_study(space, folder)
+    check_study(space)
     board = _create_board(space, data, folder, started - read_clock(folder))
+    finished: Space | None = None
     try:
         with (
             interruptible() as check,
@@ -197,13 +201,14 @@ def run_space(
                 _finish(context, folder.read_summary())
                 raise
             _finish(context, summary)
+            finished = space
             return RunResult(folder, summary)
     except KeyboardInterrupt:
         done = f"{path} keeps what is done" if path.exists() else "nothing was begun"
         raise Interrupted(f"interrupted; {done}") from None
     finally:
         if path.exists():
-            write_clock(folder, board.elapsed)
+            write_clock(folder, board.elapsed, finished)
 
 
 def _finish(context: RunContext, summary: dict[str, Any]) -> None:
@@ -250,6 +255,19 @@ def _check_folder(path: Path, space: Space, resume: bool) -> None:
                 f"{path}: --resume with another `{name}` than in its space.yaml; only search, resources and logging "
                 "may change"
             )
+
+
+def _read_finished(path: Path, space: Space) -> RunResult | None:
+    """The result of a run that has done all that it is asked for, to be gone on with; None of any other."""
+    folder = RunFolder(path)
+    if not is_finished(folder, space):
+        return None
+    summary = folder.read_summary()
+    if summary["broken_off"]:
+        return None
+    more = "search.trials and search.time" if space.time_limit else "search.trials"
+    Console().print(f"{path} has finished; for more of it raise {more}", markup=False, highlight=False, soft_wrap=True)
+    return RunResult(folder, summary)
 
 
 def _in_words(value: str | Sequence[str] | None) -> str:

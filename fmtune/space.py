@@ -86,9 +86,6 @@ class Space:
             fixed=sections.fixed,
             ranges=_order_by_conditions(sections.ranges),
         )
-        if space.search.cost is not None and space.resources.price is None:
-            place = document.place("search.cost")
-            raise SpaceError(f"{place}: search.cost: what an hour costs is not known; set resources.price")
         space._check_samples(document)
         return space
 

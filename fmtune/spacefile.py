@@ -29,6 +29,7 @@ from fmtune.config import (
     nest,
     refuse_credentials,
 )
+from fmtune.datasets import NAMES
 from fmtune.errors import SpaceError, first_line
 from fmtune.files import is_url
 from fmtune.ranges import Interval, Range, is_range, parse_range
@@ -118,6 +119,10 @@ class Document:
         node[last] = value
         self._overridden[key] = place
 
+    def is_overridden(self, key: str) -> bool:
+        """Whether the user gave a dotted key, or a parent of it, beside the file."""
+        return any(f"{key}.".startswith(f"{other}.") for other in self._overridden)
+
     def place(self, key: str) -> str:
         """File and line, or override, of a dotted key or its nearest parent."""
         while True:
@@ -155,6 +160,7 @@ class SpaceReader:
     def __init__(self, document: Document, runs: Path | None = None) -> None:
         self._document, self._runs = document, runs
         self._problems: list[str] = []
+        self._idle: set[str] = set()
 
     def read(self) -> Sections:
         """The sections.
@@ -177,8 +183,8 @@ class SpaceReader:
             self._check_grid(sections.ranges)
         if sections.search.scheduler == "pbt" and not set(MUTABLE) & set(sections.ranges):
             self._add("search.scheduler", f"pbt changes values along a training; search one of {', '.join(MUTABLE)}")
-        for i, values in enumerate(sections.search.tries):
-            self._check_try(f"search.try.{i}", values, sections.ranges)
+        self._check_budget(sections)
+        self._read_tries(sections)
         if self._problems:
             raise SpaceError(*self._problems)
         return sections
@@ -258,6 +264,7 @@ class SpaceReader:
             sections.fixed = {key: value for key, value in flatten(config).items() if key not in sections.ranges}
             for key, searched in sections.ranges.items():
                 self._check_condition(key, searched, sections)
+            self._fix_idle_ranges(sections)
 
     def _read_range(self, key: str, value: dict[str, Any], sections: Sections) -> None:
         try:
@@ -306,24 +313,54 @@ class SpaceReader:
                     f"trial.{key}", f"{searched.kind}: a grid has no end on it; use choice, or another search.sampler"
                 )
 
-    def _check_try(self, place: str, values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-        for key, value in leaves(values):
-            if key not in ranges:
-                self._add(place, f"{key} is not searched; {_hint(key, tuple(ranges))}")
-            elif not ranges[key].contains(value):
-                self._add(place, f"{key}: {value!r}; expected a value of its range, {ranges[key].as_yaml()}")
+    def _check_budget(self, sections: Sections) -> None:
+        if sections.search.cost is not None and sections.resources.price is None:
+            self._add("search.cost", "what an hour costs is not known; set resources.price")
+        if sections.data.fallback is not None and sections.data.fallback not in NAMES:
+            self._add("data.fallback", f"{sections.data.fallback!r}; {_hint(sections.data.fallback, tuple(NAMES))}")
+
+    def _read_tries(self, sections: Sections) -> None:
+        """Check the configurations to start with, and leave out of them what the user has set otherwise."""
+        tries = []
+        if sections.search.tries and sections.search.sampler == "grid":
+            self._add("search.try", "a grid goes by its own order; leave it out, or take another search.sampler")
+        for i, values in enumerate(sections.search.tries):
+            kept = {}
+            for key, value in leaves(values):
+                searched = sections.ranges.get(key)
+                if searched is not None and searched.contains(value):
+                    kept[key] = value
+                elif key not in self._idle and not self._document.is_overridden(f"trial.{key}"):
+                    self._add(f"search.try.{i}", _describe_try(key, value, sections.ranges))
+            tries.append(nest(kept))
+        sections.search = sections.search.model_copy(update={"tries": tuple(tries)})
 
     def _check_condition(self, key: str, searched: Range, sections: Sections) -> None:
         known = (*sections.fixed, *sections.ranges)
         for other, allowed in searched.when.items():
             if other not in known:
                 self._add(f"trial.{key}", f"when: unknown key `{other}`; {_hint(other, known)}")
-            elif other in sections.fixed and sections.fixed[other] not in allowed:
-                self._add(f"trial.{key}", f"when: never searched, for {other} is fixed at {sections.fixed[other]!r}")
+            elif other in sections.fixed:
+                for value in allowed:
+                    self._check_value(other, value)
             elif other in sections.ranges and not any(sections.ranges[other].contains(value) for value in allowed):
                 self._add(f"trial.{key}", f"when: never searched, for no value of {other} is one of {list(allowed)}")
             elif self._depends_on(other, key, sections.ranges, frozenset()):
                 self._add(f"trial.{key}", f"when: `{other}` depends on `{key}` in turn")
+
+    def _fix_idle_ranges(self, sections: Sections) -> None:
+        """Leave at their defaults the ranges whose conditions never hold, for what they ask of is fixed otherwise."""
+        defaults, fixed, ranges = flatten(TrialConfig()), sections.fixed, sections.ranges
+
+        def is_idle(searched: Range) -> bool:
+            return any(other in fixed and fixed[other] not in allowed for other, allowed in searched.when.items())
+
+        # What is fixed so may be what others ask of.
+        while idle := [key for key, searched in ranges.items() if is_idle(searched)]:
+            for key in idle:
+                del ranges[key]
+                fixed[key] = defaults[key]
+            self._idle |= set(idle)
 
     def _depends_on(self, key: str, target: str, ranges: Mapping[str, Range], seen: frozenset[str]) -> bool:
         if key == target:
@@ -342,6 +379,13 @@ class SpaceReader:
 
     def _add(self, key: str, problem: str) -> None:
         self._problems.append(f"{self._document.place(key)}: {key}: {problem}")
+
+
+def _describe_try(key: str, value: Scalar, ranges: Mapping[str, Range]) -> str:
+    """What is wrong with a value to start with."""
+    if key not in ranges:
+        return f"{key} is not searched; {_hint(key, tuple(ranges))}"
+    return f"{key}: {value!r}; expected a value of its range, {ranges[key].as_yaml()}"
 
 
 def _describe(error: Any, kind: type[BaseModel], value: Any) -> str:

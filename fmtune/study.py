@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
-import numpy as np
 import optuna
 import sqlalchemy.exc
 from optuna.study import StudyDirection
@@ -15,7 +15,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fmtune.errors import InputError, first_line
 from fmtune.run import RunFolder
+from fmtune.seeds import derive_seed
 from fmtune.space import Space
+from fmtune.studyfile import StudyFile
 
 STUDY = "fmtune"
 """Name of the study; a database holds one."""
@@ -43,9 +45,7 @@ class RunTrials:
 
     def seed_of(self, seed: int) -> int:
         """What the run draws by, given its `search.seed`: runs that share a study draw apart."""
-        return (
-            seed if self._run is None else int(np.random.SeedSequence([seed, int(self._run, 16)]).generate_state(1)[0])
-        )
+        return seed if self._run is None else derive_seed(seed, int(self._run, 16))
 
     def restore(self, study: optuna.Study) -> list[FrozenTrial]:
         """The run's trials in the order of their numbers, after an interruption."""
@@ -54,14 +54,16 @@ class RunTrials:
             self._enter(trial.number, trial.number if self._run is None else trial.user_attrs[_NUMBER])
         return sorted(own, key=self.number_of)
 
-    def add(self, asked: optuna.Trial) -> int:
-        """Take in a trial that the study has been asked for; its number in the run."""
+    def ask(self, study: optuna.Study) -> optuna.Trial:
+        """A new trial of the study, entered as the run's."""
+        asked = study.ask()
         number = self.number_of(asked)
         self._enter(asked.number, number)
         if self._run is not None:
             asked.set_user_attr(_NUMBER, number)
+            # Last: by this one the run finds the trial again.
             asked.set_user_attr(_RUN, self._run)
-        return number
+        return asked
 
     def number_of(self, trial: FrozenTrial | optuna.Trial) -> int:
         """The run's number of one of its trials, also of one that is only just being made."""
@@ -82,20 +84,40 @@ class RunTrials:
         self._numbers[there], self._theirs[here] = here, there
 
 
-def open_storage(space: Space, folder: RunFolder) -> optuna.storages.RDBStorage:
-    """The database that holds the run's study.
+@contextmanager
+def open_storage(space: Space, folder: RunFolder) -> Iterator[optuna.storages.BaseStorage]:
+    """What holds the run's study while it is worked on."""
+    if space.search.storage is None:
+        with closing(StudyFile(folder.study)) as file:
+            yield file
+        return
+    with _connected(space.search.storage) as database:
+        yield database
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[optuna.storages.RDBStorage]:
+    """A database, left again at the end: connections are few."""
+    database = open_database(url)
+    try:
+        yield database
+    finally:
+        database.remove_session()
+        database.engine.dispose()
+
+
+def open_database(url: str) -> optuna.storages.RDBStorage:
+    """The database that several runs share, by `search.storage`.
 
     Raises:
-        ImportError: it is shared, and its driver is not installed.
+        ImportError: its driver is not installed.
     """
-    if space.search.storage is None:
-        return optuna.storages.RDBStorage(f"sqlite:///{folder.study.resolve()}")
     # Which driver a URL without one means depends on SQLAlchemy's version.
-    url = space.search.storage.replace("postgresql://", "postgresql+psycopg://")
+    url = url.replace("postgresql://", "postgresql+psycopg://")
     return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
 
 
-def check_study(space: Space, folder: RunFolder) -> None:
+def check_study(space: Space) -> None:
     """Refuse a database that can't be reached, or that holds the study of another space; a new one is told the space.
 
     Raises:
@@ -106,15 +128,20 @@ def check_study(space: Space, folder: RunFolder) -> None:
     place = f"search.storage: {space.search.storage}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        storage = open_storage(space, folder)
-        directions = [StudyDirection.MAXIMIZE if m == "max" else StudyDirection.MINIMIZE for m in space.search.modes]
-        study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True, directions=directions)
+        with _connected(space.search.storage) as database:
+            _claim(database, space, place)
     except ImportError:
         raise InputError(f"{place}: needs the package psycopg; pip install 'fmtune[postgresql]'") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
         # What SQLAlchemy says begins with the name of the driver's exception.
         reason = first_line(getattr(error, "orig", None) or error)
         raise InputError(f"{place}: can't be reached ({reason}); mend the place, or the access") from None
+
+
+def _claim(database: optuna.storages.RDBStorage, space: Space, place: str) -> None:
+    """Tell the study in a database its space, and make it if there is none yet."""
+    directions = [StudyDirection.MAXIMIZE if m == "max" else StudyDirection.MINIMIZE for m in space.search.modes]
+    study = optuna.create_study(storage=database, study_name=STUDY, load_if_exists=True, directions=directions)
     own = _fingerprint(space)
     if study.user_attrs.setdefault(_SPACE, own) != own:
         raise InputError(f"{place}: holds the study of another space; name another database")
@@ -129,20 +156,12 @@ def _fingerprint(space: Space) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def tell(
-    space: Space, study: optuna.Study, number: int, values: Sequence[float], *, is_done: bool, is_baseline: bool
-) -> None:
-    """End a trial of the study that came to `values`, one for each objective, in its last epoch if `is_done`.
-
-    The baseline lies outside the ranges and has no parameters. TPE passes over such a trial; CMA-ES and the Gaussian
-    process search the parameters that all finished trials have in common, so theirs is set FAIL.
-    """
-    if not is_done:
-        study.tell(number, state=TrialState.PRUNED)
-    elif is_baseline and space.search.sampler in ("cmaes", "gp"):
-        study.tell(number, state=TrialState.FAIL)
-    else:
+def tell(study: optuna.Study, number: int, values: Sequence[float], *, is_done: bool) -> None:
+    """End a trial of the study that came to `values`, one for each objective, in its last epoch if `is_done`."""
+    if is_done:
         study.tell(number, values)
+    else:
+        study.tell(number, state=TrialState.PRUNED)
 
 
 def keep_attribute(study: optuna.Study, number: int, name: str, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fmtune.board import Board
 from fmtune.checkpoint import read_json, write_json
@@ -91,11 +92,11 @@ class Timing:
         # A result without its checkpoint can't be chosen yet.
         measured = [r for r in records if r.state != "failed" and r.checkpoint and self._board.value(r) is not None]
         measured.sort(key=lambda r: self._board.value(r) or 0.0, reverse=self._board.larger)
-        return measured[: max(1, self._search.finalists)]
+        return measured[: max(1, self._search.retrained)]
 
     def _finalists_seconds(self) -> float:
         leaders = self._leaders()
-        return _PHASE_SECONDS + self._round_seconds(leaders) if len(leaders) > 1 and self._search.finalists > 1 else 0.0
+        return _PHASE_SECONDS + self._round_seconds(leaders) if len(leaders) > 1 and self._search.retrained > 1 else 0.0
 
     def _round_seconds(self, leaders: Sequence[TrialRecord]) -> float:
         """Seconds that one more training of each takes, side by side."""
@@ -112,5 +113,16 @@ def read_clock(folder: RunFolder) -> float:
     return float(read_json(folder.clock)["seconds"]) if folder.clock.exists() else 0.0
 
 
-def write_clock(folder: RunFolder, seconds: float) -> None:
-    write_json(folder.clock, {"seconds": round(seconds, 3)})
+def is_finished(folder: RunFolder, space: Space) -> bool:
+    """Whether a run has done all that it is asked for: its last attempt came to its end, and was asked for the same."""
+    return folder.clock.exists() and read_json(folder.clock).get("finished") == _describe_asked(space)
+
+
+def write_clock(folder: RunFolder, seconds: float, finished: Space | None = None) -> None:
+    """Note the time used, and with a run that has come to its end what it was asked for."""
+    asked = {} if finished is None else {"finished": _describe_asked(finished)}
+    write_json(folder.clock, {"seconds": round(seconds, 3), **asked})
+
+
+def _describe_asked(space: Space) -> dict[str, Any]:
+    return {"search": space.search.model_dump(mode="json"), "seconds": space.time_limit}

@@ -32,6 +32,7 @@ from fmtune.errors import FmtuneError
 from fmtune.failures import DEATHS
 from fmtune.model import Pixels, create_model
 from fmtune.pretrained import load_pretrained
+from fmtune.seeds import derive_seed
 from fmtune.storage import fetch
 from fmtune.stored import Images, StoredImages, StoredTable
 from fmtune.streaming import ImageStream
@@ -107,11 +108,6 @@ class SharedData:
             dataset = ray.data.from_arrow(to_arrow(data.images, data.labels))
         key = f"{data.loaded.key}-{len(data.images)}"
         return cls(key, dataset, data.train_rows, data.validation_rows, data.pixels, len(data.classes))
-
-
-def derive_seed(seed: int, *path: int) -> int:
-    """A seed of 32 bits for one purpose, independent of those for others (numpy's `SeedSequence`)."""
-    return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0])
 
 
 def create_task(seed: int, number: int, config: TrialConfig, resume_from: str | None = None) -> Task:

@@ -1,49 +1,40 @@
-"""Ray Tune at work for fmtune: the searcher, the schedulers, the stopper, and one call that runs trials."""
+"""Ray Tune at work for fmtune: the searchers, the stopper, and one call that runs trials."""
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
-import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from ray.tune.logger import JsonLoggerCallback
-from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from fmtune.config import ResourcesConfig, Scalar, TrialConfig, flatten
-from fmtune.failures import DEATHS, EndsErrors, InOrder, find_cause, is_error_of_training
-from fmtune.objectives import Objectives, rank_fronts
+from fmtune.failures import DEATHS, InOrder, find_cause, is_error_of_training
+from fmtune.objectives import Objectives
+from fmtune.pickling import NotStored
 from fmtune.pool import PooledTrial
 from fmtune.population import Adoption, Population
 from fmtune.room import count_slots
 from fmtune.run import TrialRecord
+from fmtune.samplers import STARTUP_TRIALS, create_sampler
+from fmtune.seeds import derive_seed
 from fmtune.space import Space
 from fmtune.study import STUDY, RunTrials, tell
+from fmtune.studyfile import StudyFile
 from fmtune.tensorboard import EventFiles
 from fmtune.training import EpochMetrics
-from fmtune.trial import SharedData, Task, create_task, derive_seed, run_trial, trial_resources, worker_resources
+from fmtune.trial import SharedData, Task, create_task, run_trial, trial_resources, worker_resources
 
 _SAMPLER = 1_000_000_000
 """Stands for the sampler where trials have their number, in the derivation of seeds."""
-_STARTUP_TRIALS = 8
-"""Random trials before a sampler models what it has seen."""
-_REDUCTION = 3
-"""ASHA lets one in this many trials go on at each rung, and its rungs are as many times apart."""
-_FIRST_RUNG_SHARE = 1 / 3
-"""Part of the time that all trials of a search together spend on getting to a first rung of seconds."""
-_MEDIAN_MIN_TRIALS = 3
-"""Trials of a given epoch that the median rule wants to have seen."""
 
 
 class Watcher(Protocol):
@@ -60,14 +51,7 @@ class Watcher(Protocol):
     def on_tick(self) -> None: ...
 
 
-class _NotStored:
-    """Tune pickles all that it is given, for a restore that fmtune has no use for; these go as an empty object."""
-
-    def __reduce__(self) -> tuple[type[object], tuple[()]]:
-        return object, ()
-
-
-class StudySearch(_NotStored, OptunaSearch):
+class StudySearch(NotStored, OptunaSearch):
     """Ray's OptunaSearch over a `Space`: trial 0 is the baseline, interrupted trials come before fresh ones.
 
     `has_time` is asked before each trial, and ends the search without ending those in flight. `cost` of a training
@@ -89,14 +73,14 @@ class StudySearch(_NotStored, OptunaSearch):
         objectives: Objectives | None = None,
     ) -> None:
         seed = own.seed_of(space.search.seed)
-        plan = space.planned(_STARTUP_TRIALS, cost, seed)
+        plan = space.planned(STARTUP_TRIALS, cost, seed)
         # A search that goes on must not draw again what it has drawn.
-        sampler = create_sampler(space, derive_seed(seed, _SAMPLER, started))
+        sampler = create_sampler(space, derive_seed(seed, _SAMPLER, started), plan, own.number_of)
         super().__init__(
             space=space.suggest,
             metric=objectives.names if objectives else space.search.metric,
             mode=list(space.search.modes) if objectives else space.search.mode,
-            sampler=Planned(plan, own.number_of, sampler),
+            sampler=sampler,
             storage=storage,
             study_name=STUDY,
         )
@@ -135,14 +119,16 @@ class StudySearch(_NotStored, OptunaSearch):
 
     def _next_task(self) -> Task | None:
         """What is to be trained next; None if that depends on what is being trained, or there is nothing more."""
-        return self._interrupted.pop(0) if self._interrupted else self._create_task(self.study.ask())
+        return self._interrupted.pop(0) if self._interrupted else self._create_task(self._own.ask(self.study))
 
     def _create_task(self, asked: optuna.Trial) -> Task:
-        space, number = self._searched, self._own.add(asked)
+        space, number = self._searched, self._own.number_of(asked)
         self._asked[number] = asked
         if number == 0 and not space.is_single:
             asked.set_user_attr("baseline", True)
         config = space.baseline if number == 0 else space.trial_config(space.suggest(asked))
+        if isinstance(self._storage, StudyFile):
+            self._storage.write_new()
         return create_task(space.search.seed, number, config)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -161,7 +147,7 @@ class StudySearch(_NotStored, OptunaSearch):
             # A part of a training, which goes on.
             return
         values = self._objectives.measure(task.config, result) if self._objectives else [result[self.metric]]
-        tell(self._searched, self.study, asked.number, values, is_done=is_done, is_baseline=task.number == 0)
+        tell(self.study, asked.number, values, is_done=is_done)
 
     def _report(self, trial_id: str, result: dict[str, Any]) -> None:
         # Optuna has no place for the values in between of several objectives.
@@ -200,18 +186,18 @@ class PopulationSearch(StudySearch):
         self._task_of, self._on_adoption = task_of, on_adoption
 
     def _next_task(self) -> Task | None:
-        busy = {task.number for task in self._running.values()}
+        busy = {task.trial_number for task in self._running.values()}
         waiting = [r for r in self._records.values() if r.state == "running" and r.number not in busy]
         if any(record.number == 0 for record in waiting):
             return self._task_of(self._records[0])
         if len(self._own) < self._searched.trials:
-            task = self._create_task(self.study.ask())
+            task = self._create_task(self._own.ask(self.study))
             return task if task.number == 0 else self._cut(task, TrialRecord(task.trial_number, task.config, {}))
         if not waiting:
             return None
         record = min(waiting, key=lambda record: (len(record.history), record.number))
         members = [other for other in self._records.values() if other.number != 0]
-        if (adoption := self._population.judge(record, members)) is not None:
+        if (adoption := self._population.judge(record, members, busy)) is not None:
             self._on_adoption(record, adoption)
         return self._cut(self._task_of(record), record)
 
@@ -221,7 +207,7 @@ class PopulationSearch(StudySearch):
         return replace(task, name=f"{task.name}-{stop:03d}", until=stop)
 
 
-class TaskRounds(_NotStored, Searcher):
+class TaskRounds(NotStored, Searcher):
     """Proposes tasks round by round: once all of a round have ended it asks for the next, until there is none.
 
     Args:
@@ -255,215 +241,7 @@ class TaskRounds(_NotStored, Searcher):
         raise NotImplementedError("a list of tasks is made anew")
 
 
-def create_sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler by the name in `search.sampler`.
-
-    A grid is planned beforehand, so that its sampler is never asked.
-    """
-    match space.search.sampler:
-        case "tpe":
-            return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=_STARTUP_TRIALS,
-                warn_independent_sampling=False,
-            )  # fmt: skip
-        case "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
-        case "gp":
-            return optuna.samplers.GPSampler(seed=seed)
-        case _:
-            return optuna.samplers.RandomSampler(seed=seed)
-
-
-class Planned(optuna.samplers.BaseSampler):
-    """Gives some trials values that are set beforehand, and asks another sampler for all else.
-
-    Optuna's own means, a queue of trials and a grid sampler, want the first trial and a study that optimises itself.
-
-    Args:
-        plan: values by the run's number of a trial.
-        number_of: that number.
-        other: the other sampler.
-    """
-
-    def __init__(
-        self,
-        plan: Mapping[int, Mapping[str, Scalar]],
-        number_of: Callable[[FrozenTrial], int],
-        other: optuna.samplers.BaseSampler,
-    ) -> None:
-        self._plan, self._number_of, self._other = plan, number_of, other
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        is_planned = self._number_of(trial) in self._plan
-        return {} if is_planned else self._other.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        is_planned = self._number_of(trial) in self._plan
-        return {} if is_planned else self._other.sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        planned = self._plan.get(self._number_of(trial), {})
-        if param_name in planned:
-            return planned[param_name]
-        return self._other.sample_independent(study, trial, param_name, param_distribution)
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._other.before_trial(study, trial)
-
-    def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: optuna.trial.TrialState, values: Sequence[float] | None
-    ) -> None:
-        self._other.after_trial(study, trial, state, values)
-
-
-class _SparesBaseline(_NotStored, EndsErrors):
-    """Lets trial 0 run to its end: it is what the others are compared with."""
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        if trial.config["number"] == 0:
-            return str(TrialScheduler.CONTINUE)
-        return str(super().on_trial_result(tune_controller, trial, result))
-
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        if trial.config["number"] != 0:
-            super().on_trial_complete(tune_controller, trial, result)
-
-
-class Asha(_SparesBaseline, ASHAScheduler):
-    """Asynchronous successive halving (Li et al., 2020, https://arxiv.org/abs/1810.05934).
-
-    With several brackets it is the asynchronous Hyperband of the same paper: each one has its first rung where the one
-    before it has its second, and gets the share of the trials that Hyperband gives it (Li et al., 2018,
-    https://arxiv.org/abs/1603.06560).
-    """
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        super().on_trial_add(tune_controller, trial)
-        # Ray draws the bracket anew in each process, and a resumed search would not know which it was.
-        self._trial_info[trial.trial_id] = self._bracket_of(trial.config["number"])
-
-    def _bracket_of(self, number: int) -> Any:
-        last = len(self._brackets) - 1
-        shares = [self._reduction_factor ** (last - i) / (last - i + 1) for i in range(last + 1)]
-        return random.Random(number).choices(self._brackets, shares)[0]
-
-    def replay(self, record: TrialRecord, metric: str) -> None:
-        """Enter the epochs of an earlier trial into the rungs, as if it had run here."""
-        if record.number == 0:
-            return
-        sign = 1 if self._mode == "max" else -1
-        stand_in = Trial("replayed", trial_id=f"replayed-{record.number}", stub=True)
-        for metrics in record.history:
-            value = metrics.as_dict()[metric]
-            if value is not None:
-                reached: Any = metrics.as_dict()[self._time_attr]
-                self._bracket_of(record.number).on_result(stand_in, reached, sign * value)
-
-
-class ParetoAsha(Asha):
-    """ASHA for several objectives (MO-ASHA; Schmucker et al., 2021, https://arxiv.org/abs/2106.12639).
-
-    A trial goes on from a rung unless a part of those there, all but one in `reduction_factor`, lie on better fronts
-    than it does.
-    """
-
-    def __init__(self, objectives: Objectives, **options: Any) -> None:
-        super().__init__(**options)
-        self._objectives = objectives
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        task = Task(**trial.config)
-        if task.number == 0:
-            return str(TrialScheduler.CONTINUE)
-        if self._stop_last_trials and result[self._time_attr] >= self._max_t:
-            return str(TrialScheduler.STOP)
-        stays = self._enter(task.trial_number, task.config, result)
-        return str(TrialScheduler.CONTINUE if stays else TrialScheduler.STOP)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        task = Task(**trial.config)
-        if task.number != 0 and self._time_attr in result:
-            self._enter(task.trial_number, task.config, result)
-
-    def replay(self, record: TrialRecord, metric: str) -> None:
-        for metrics in record.history if record.number != 0 else ():
-            self._enter(record.number, record.config, metrics.as_dict())
-
-    def _enter(self, number: int, config: TrialConfig, metrics: Mapping[str, Any]) -> bool:
-        """Enter what a trial has come to into the rung that it has reached; whether it may go on."""
-        for milestone, recorded in self._bracket_of(number)._rungs:
-            if metrics[self._time_attr] < milestone or number in recorded:
-                continue
-            recorded[number] = self._objectives.gains(config, metrics)
-            fronts = rank_fronts(np.array(list(recorded.values())))
-            return bool((fronts < fronts[-1]).mean() < 1 - 1 / self._reduction_factor)
-        return True
-
-
-class MedianRule(_SparesBaseline, MedianStoppingRule):
-    """Stops trials below the median of the others' running averages (Golovin et al., 2017, Google Vizier)."""
-
-    def _on_insufficient_samples(self, tune_controller: Any, trial: Trial, time: float) -> str:
-        # Ray pauses such a trial for another's sake, and its function would begin from its first epoch again.
-        return str(TrialScheduler.CONTINUE)
-
-
-def create_scheduler(
-    space: Space, earlier: Sequence[TrialRecord], slots: int, objectives: Objectives | None = None
-) -> TrialScheduler:
-    """Tune's scheduler by the name in `search.scheduler`, with what earlier trials of a resumed run showed.
-
-    Args:
-        space: of the search.
-        earlier: trials that have ended.
-        slots: how many trials run side by side.
-        objectives: of the search, if there are several.
-    """
-    search = space.search
-    options: dict[str, Any] = {"metric": search.metric, "mode": search.mode}
-    match search.scheduler:
-        case "asha" | "hyperband":
-            rungs = _asha_rungs(space, slots)
-            most = 1 + math.floor(math.log(rungs["max_t"] / rungs["grace_period"], _REDUCTION) + 1e-9)
-            brackets = most if search.scheduler == "hyperband" else 1
-            options |= {**rungs, "reduction_factor": _REDUCTION, "brackets": brackets}
-            scheduler = ParetoAsha(objectives, **options) if objectives else Asha(**options)
-            for record in earlier:
-                scheduler.replay(record, search.metric)
-            return scheduler
-        case "median":
-            return MedianRule(time_attr="epoch", grace_period=1, min_samples_required=_MEDIAN_MIN_TRIALS, **options)
-        case _:
-            return InOrder()
-
-
-def _asha_rungs(space: Space, slots: int) -> dict[str, Any]:
-    """Where ASHA's first and last rung lie, on epochs or on seconds of training.
-
-    The first one on seconds lies where all trials together spend a share of the time on getting there, and no trial is
-    ended by the last: it ends with its last epoch.
-    """
-    search = space.search
-    if search.rung == "epochs":
-        return {"time_attr": "epoch", "grace_period": 1, "max_t": max_epochs(space)}
-    assert space.time_limit is not None
-    first = _FIRST_RUNG_SHARE * space.time_limit * min(1.0, slots / search.trials)
-    return {"time_attr": "seconds", "grace_period": first, "max_t": space.time_limit, "stop_last_trials": False}
-
-
-def max_epochs(space: Space) -> int:
-    """Most epochs that a trial of the space can train."""
-    searched = space.ranges.get("epochs")
-    if searched is None:
-        return int(space.fixed["epochs"])  # type: ignore[arg-type]
-    return max(int(value) for value in searched.candidates)  # type: ignore[arg-type]
-
-
-class Until(_NotStored, tune.Stopper):
+class Until(NotStored, tune.Stopper):
     """Stops everything once `is_over` says so, and a single trial once `ends_early` does."""
 
     def __init__(
@@ -478,7 +256,7 @@ class Until(_NotStored, tune.Stopper):
         return self._is_over()
 
 
-class _Reports(_NotStored, tune.Callback):
+class _Reports(NotStored, tune.Callback):
     """Passes Tune's events on to a watcher."""
 
     def __init__(self, watcher: Watcher) -> None:
@@ -511,7 +289,7 @@ class _Reports(_NotStored, tune.Callback):
         self._watcher.on_end(Task(**trial.config), find_cause(trial))
 
 
-class _KeepsLast(_NotStored, tune.Callback):
+class _KeepsLast(NotStored, tune.Callback):
     """Deletes a trial's checkpoint once the next one is there.
 
     Tune does so too where it is told how many to keep, and then writes the state of all trials whenever one of them has

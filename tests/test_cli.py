@@ -253,7 +253,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
 def test_ctrl_c_leaves_a_run_that_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
     """In a process of its own: interrupted in the first trials, resumed, and every epoch trained once."""
     space = tmp_path / "long.yaml"
-    space.write_text(TINY.format(source=folder / "train.csv", trials=3, epochs=60))
+    space.write_text(TINY.format(source=folder / "train.csv", trials=3, epochs=24))
     command = [sys.executable, "-m", "fmtune.cli", "search", str(space), "--runs", str(tmp_path)]
     environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(SPACES.parent)}
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -274,8 +274,8 @@ def test_ctrl_c_leaves_a_run_that_goes_on_where_it_was(folder: Path, tmp_path: P
     assert summary["trials"] == {"complete": 3, "pruned": 0, "failed": 0}
     with history.open() as file:
         epochs = [(int(row["trial"]), int(row["epoch"])) for row in csv.DictReader(file)]
-    assert set(epochs) == {(trial, epoch) for trial in range(3) for epoch in range(1, 61)}
+    assert set(epochs) == {(trial, epoch) for trial in range(3) for epoch in range(1, 25)}
     # An epoch whose checkpoint the interruption cut off is trained again: one at most of each of two running trials.
-    assert len(epochs) <= 180 + 2
+    assert len(epochs) <= 3 * 24 + 2
     study = optuna.load_study(study_name="fmtune", storage=f"sqlite:///{tmp_path}/long/study.db")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3

@@ -19,11 +19,11 @@ from fmtune.config import ModelConfig, SearchConfig, TrialConfig
 from fmtune.errors import RunFolderError, SpaceError
 from fmtune.objectives import Objectives, rank_fronts
 from fmtune.run import TrialRecord
+from fmtune.schedulers import ParetoAsha, create_scheduler
 from fmtune.space import Space
 from fmtune.study import STUDY
 from fmtune.training import EpochMetrics
 from fmtune.trial import create_task
-from fmtune.tuner import ParetoAsha, create_scheduler
 
 SEARCH = SearchConfig(objectives=("val_accuracy", "parameters"))
 WIDTHS = {width: 9 * width + 18 * width**2 + 21 * 56 * width**2 + 90 * width + 80 * width + 10 for width in (4, 8, 16)}
@@ -127,7 +127,7 @@ def test_a_resumed_search_finds_its_rungs_filled() -> None:
     for number in range(1, 7):
         accuracy = 0.80 + number / 100
         _report(scheduler, number, 1, accuracy, 8)
-        replayed.replay(_record(number, accuracy, 8), "val_accuracy")
+        replayed.replay(_record(number, accuracy, 8))
     for one in (scheduler, replayed):
         assert _report(one, 8, 1, 0.70, 8) == TrialScheduler.STOP
 

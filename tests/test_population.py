@@ -149,6 +149,13 @@ def test_nobody_takes_over_from_a_training_that_is_over() -> None:
     assert _population().judge(members[0], members) is None
 
 
+def test_nobody_takes_over_from_a_training_that_is_under_way() -> None:
+    """Its checkpoint may be gone before it is loaded."""
+    members = [_record(n, [0.1 * n] * 2) for n in range(1, 6)]
+    assert _population().judge(members[0], members, busy={5}) is None
+    assert _population().judge(members[0], members, busy={4}) is not None
+
+
 def test_parts_of_a_training_add_up() -> None:
     """Hand-worked: ten epochs in five parts of two; eleven trials, the baseline in one."""
     population, stops, record = _population(), [], _record(1, [])
@@ -156,7 +163,7 @@ def test_parts_of_a_training_add_up() -> None:
         stops.append(population.next_stop(record))
         record = _record(1, [0.1] * stops[-1])
     assert stops == [2, 4, 6, 8, 10]
-    assert count_segments(Space.load(SPACE), 10) == 1 + 10 * 5
+    assert count_segments(Space.load(SPACE), 10) == 1 + 10 * 7, "one of seven epochs has seven parts"
     assert population.next_stop(_record(1, [0.1] * 3, epochs=4)) == 4
 
 

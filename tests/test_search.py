@@ -290,9 +290,9 @@ def test_resuming_with_other_trials_is_refused(result: RunResult, source: Path) 
 
 
 def test_more_trials_extend_a_finished_search(
-    result: RunResult, source: Path, test_source: Path, tmp_path: Path
+    result: RunResult, source: Path, test_source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The four are not run again: their history keeps its rows."""
+    """The four are not run again: their history keeps its rows. Asked for no more, it stays as it is."""
     before = result.folder.history.read_text()
     space = _space(source, data={"test": str(test_source)}, search={"trials": 6, "finalists": 0, "refit": False})
     extended = search(space, name="four", runs=result.folder.path.parent, resume=True)
@@ -304,6 +304,13 @@ def test_more_trials_extend_a_finished_search(
     assert [trial.number for trial in trials] == list(range(6))
     # None is drawn a second time.
     assert len({trial.params["optim.lr"] for trial in trials[1:]}) == 5
+
+    before_again = _contents(extended.folder)
+    capsys.readouterr()
+    again = search(space, name="four", runs=result.folder.path.parent, resume=True)
+    assert "four has finished; for more of it raise search.trials" in capsys.readouterr().out
+    assert again.summary == extended.summary
+    assert _contents(extended.folder) == before_again
 
 
 def test_a_trial_that_was_cut_off_while_its_values_were_drawn_is_not_trained(
@@ -382,6 +389,7 @@ def test_a_failing_trial_is_recorded_with_its_cause_and_the_search_goes_on(
     trials = _study(found.folder).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "FAIL"]
     assert trials[2].user_attrs["cause"] == failure["cause"]
+    space["search"]["trials"] = 61
     again = search(space, name="fails", runs=tmp_path, resume=True)
     assert again.summary["failures"] == found.summary["failures"]
     assert again.summary["trials"] == found.summary["trials"]
@@ -515,7 +523,8 @@ def test_what_no_trial_could_have_is_refused(ray_cluster: None, source: Path, tm
     found = search(_space(source, search=search_little), name="big", runs=tmp_path)
     before = _contents(found.folder)
     with pytest.raises(InputError, match=refusal):
-        search(_space(source, search=search_little, resources={"cpus": 4096}), name="big", runs=tmp_path, resume=True)
+        more = search_little | {"trials": 3}
+        search(_space(source, search=more, resources={"cpus": 4096}), name="big", runs=tmp_path, resume=True)
     assert _contents(found.folder) == before
 
 

@@ -10,8 +10,10 @@ from fmtune.config import TrialConfig, flatten
 from fmtune.errors import SpaceError
 from fmtune.recipes import SEED
 from fmtune.space import Space
+from fmtune.spacefile import leaves
 
-SHIPPED = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
+SPACES = Path(__file__).parent.parent / "search_spaces"
+SHIPPED = sorted(SPACES.glob("*.yaml"))
 CONDITIONAL: dict[str, Any] = {
     "trial": {
         "optim": {
@@ -94,8 +96,13 @@ trial:
             "s.yaml:1: trial.optim.momentum: when: unknown key `optim.nam`; did you mean `optim.name`?",
         ),
         (
-            "trial: {optim: {name: adamw, momentum: {float: [0.8, 0.9], when: {optim.name: [sgd]}}}}",
-            "s.yaml:1: trial.optim.momentum: when: never searched, for optim.name is fixed at 'adamw'",
+            "trial: {optim: {name: adamw, momentum: {float: [0.8, 0.9], when: {optim.name: [sgdd]}}}}",
+            "s.yaml:1: trial.optim.name: 'sgdd'; expected 'adamw', 'adam', 'sgd' or 'muon'",
+        ),
+        ("data: {fallback: sampl}", "s.yaml:1: data.fallback: 'sampl'; did you mean `sample`?"),
+        (
+            "search: {sampler: grid, try: [{epochs: 2}]}\ntrial: {epochs: {choice: [2, 3]}}",
+            "s.yaml:1: search.try: a grid goes by its own order; leave it out, or take another search.sampler",
         ),
         (
             "trial: {epochs: {int: [1, 3], when: {batch_size: 8}}, batch_size: {choice: [8, 9], when: {epochs: 2}}}",
@@ -335,3 +342,45 @@ def test_starting_weights_that_are_not_there_are_told_with_all_else(tmp_path: Pa
         f"{path}:4: trial.model.pretrained: '/nowhere/two'; there is no /nowhere/two; {expected}",
         f"{path}:2: trial.epochs: 0; expected greater than 0",
     )
+
+
+def test_a_range_whose_condition_never_holds_stays_at_its_default() -> None:
+    """As `freeze` does where no weights are loaded; what depends on it is asked of that default."""
+    model = {
+        "pretrained": None,
+        "freeze": {"int": [0, 5], "when": {"model.pretrained": ["imagenet"]}},
+        "unfreeze_epoch": {"choice": [None, 2], "when": {"model.freeze": [1, 2, 3]}},
+    }
+    space = Space.load({"trial": {"model": model, "epochs": {"int": [1, 3], "when": {"model.freeze": 0}}}})
+    assert list(space.ranges) == ["epochs"]
+    assert (space.fixed["model.freeze"], space.fixed["model.unfreeze_epoch"]) == (0, None)
+
+
+@pytest.mark.parametrize("name", ["default", "finetune", "gpu"])
+@pytest.mark.parametrize(
+    ("override", "tried"),
+    [
+        ("trial.optim.lr=0.005", {"optim.name", "model.freeze", "batch_size"}),
+        ("trial.optim.lr={log: [0.004, 0.005]}", {"optim.name", "model.freeze", "batch_size"}),
+        ("trial.optim.name=sgd", {"optim.lr"}),
+        ("trial.model={}", {"optim.lr"}),
+    ],
+)
+def test_what_is_set_goes_before_what_is_to_be_tried(name: str, override: str, tried: set[str], tmp_path: Path) -> None:
+    """The shipped files take it, and keep of their configurations to start with what is still searched."""
+    space = Space.load(SPACES / f"{name}.yaml", [override])
+    for one in space.search.tries:
+        kept = dict(leaves(one))
+        assert kept and kept.keys() <= space.ranges.keys()
+        assert all(space.ranges[key].contains(value) for key, value in kept.items())
+    given = {key for one in space.search.tries for key, _ in leaves(one)}
+    assert given & tried
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(space.to_yaml())
+    assert Space.load(resolved) == space
+
+
+def test_a_condition_may_ask_for_what_is_set_otherwise() -> None:
+    space = Space.load(SPACES / "default.yaml", ["trial.optim.name=adamw"])
+    assert "optim.momentum" not in space.ranges
+    assert "optim.momentum" not in dict(leaves(space.search.tries[0]))

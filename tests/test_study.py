@@ -19,7 +19,6 @@ from tables import sample_rows, write_csv
 
 import fmtune
 from fmtune.errors import InputError, SpaceError
-from fmtune.run import RunFolder
 from fmtune.space import Space
 from fmtune.study import STUDY, RunTrials, check_study, fail
 
@@ -115,8 +114,8 @@ def test_two_runs_share_a_study_and_each_keeps_its_own_trials(
 def test_a_run_closes_its_own_trials_alone(database: str) -> None:
     study = optuna.create_study(study_name=STUDY, storage=_url(database))
     runs = [RunTrials(name) for name in ("a", "b")]
-    asked = [runs[i % 2].add(study.ask()) for i in range(4)]
-    assert asked == [0, 0, 1, 1]
+    asked = [runs[i % 2].ask(study) for i in range(4)]
+    assert [runs[i % 2].number_of(trial) for i, trial in enumerate(asked)] == [0, 0, 1, 1]
     fail(study, runs[1].study_number(1), "died")
     restored = RunTrials("a")
     assert [restored.number_of(trial) for trial in restored.restore(study)] == [0, 1]
@@ -128,12 +127,12 @@ def test_a_run_closes_its_own_trials_alone(database: str) -> None:
 
 def test_a_study_of_another_space_is_refused(database: str, tmp_path: Path) -> None:
     space = Space.load(_space(tmp_path / "t.csv", database))
-    check_study(space, RunFolder(tmp_path))
-    check_study(Space.load(_space(tmp_path / "elsewhere.csv", database, trials=9, seed=3)), RunFolder(tmp_path))
+    check_study(space)
+    check_study(Space.load(_space(tmp_path / "elsewhere.csv", database, trials=9, seed=3)))
     other = _space(tmp_path / "t.csv", database)
     other["trial"]["epochs"] = 2
     with pytest.raises(InputError, match=r"search\.storage: postgresql://.*: holds the study of another space; name"):
-        check_study(Space.load(other), RunFolder(tmp_path))
+        check_study(Space.load(other))
 
 
 def test_a_database_that_can_not_be_reached_is_told_before_anything_starts(tmp_path: Path) -> None:

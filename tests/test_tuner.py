@@ -7,9 +7,9 @@ from ray.tune.experiment import Trial
 
 from fmtune.errors import SpaceError
 from fmtune.run import TrialRecord
+from fmtune.schedulers import Asha, create_scheduler
 from fmtune.space import Space
 from fmtune.training import EpochMetrics
-from fmtune.tuner import Asha, create_scheduler
 
 
 def _space(**search: Any) -> Space:
@@ -85,6 +85,41 @@ def test_rungs_are_rebuilt_from_earlier_trials(rung: str) -> None:
     scheduler = _create(space, earlier=[record])
     assert _report(scheduler, 2, 1, 4.0, 0.7) == "STOP"
     assert _report(_create(space), 2, 1, 4.0, 0.7) == "CONTINUE"
+
+
+def _history(accuracies: list[float]) -> list[EpochMetrics]:
+    return [EpochMetrics(i, 0.5, 0.5, value, 0.01, 100.0, 4.0 * i) for i, value in enumerate(accuracies, start=1)]
+
+
+def test_a_trial_that_goes_on_is_held_against_others_by_what_it_came_to_at_each_rung() -> None:
+    """Of 9 epochs it had 3; what it comes to in its fourth tells nothing of what others have in their first."""
+    space = _space()
+    record = TrialRecord(1, space.baseline, {}, "running", _history([0.3, 0.4, 0.5]))
+    scheduler = _create(space, earlier=[record])
+    assert _report(scheduler, 1, 4, 16.0, 0.8) == "CONTINUE"
+    assert _report(scheduler, 1, 5, 20.0, 0.9) == "CONTINUE"
+    assert _report(scheduler, 2, 1, 4.0, 0.35) == "CONTINUE", "more than 0.3"
+    assert _report(scheduler, 2, 3, 12.0, 0.45) == "STOP", "less than 0.5"
+
+
+def test_the_median_rule_knows_of_earlier_trials() -> None:
+    """Three that ended and one that goes on, whose means over two epochs are 0.5, 0.6, 0.7 and 0.65."""
+    space = _space(scheduler="median")
+    ended = [
+        TrialRecord(n, space.baseline, {}, "complete", _history([a, a])) for n, a in ((1, 0.5), (2, 0.6), (3, 0.7))
+    ]
+    going_on = TrialRecord(4, space.baseline, {}, "running", _history([0.6, 0.7]))
+    scheduler = create_scheduler(space, [*ended, going_on], 1)
+
+    def report(number: int, epoch: int, accuracy: float) -> str:
+        trial = trials.setdefault(number, _stand_in(number))
+        return scheduler.on_trial_result(None, trial, {"epoch": epoch, "val_accuracy": accuracy})
+
+    trials = {4: _stand_in(4)}
+    scheduler.on_trial_add(None, trials[4])
+    assert report(4, 3, 0.1) == "CONTINUE", "its best, 0.7, counts"
+    assert report(5, 1, 0.64) == "CONTINUE"
+    assert report(6, 1, 0.58) == "STOP", "the median of 0.5, 0.6, 0.6, 0.64 and 0.7 is more"
 
 
 @pytest.mark.parametrize("search", [{}, {"time": "1m", "scheduler": "median"}])

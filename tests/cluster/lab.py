@@ -264,4 +264,4 @@ def wait_for(what: str, is_there: Callable[[], bool], seconds: float = 120) -> N
     deadline = time.monotonic() + seconds
     while not is_there():
         assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}"
-        time.sleep(0.5)
+        time.sleep(0.2)

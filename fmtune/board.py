@@ -76,7 +76,7 @@ class Board:
     def value(self, record: TrialRecord) -> float | None:
         """The deciding metric after the trial's last epoch."""
         last = record.last
-        return None if last is None else last.as_dict()[self.metric]
+        return None if last is None else getattr(last, self.metric)
 
     @property
     def best(self) -> TrialRecord | None:

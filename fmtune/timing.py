@@ -39,6 +39,8 @@ class Timing:
         self._search, self._limit, self._folder, self._board = space.search, space.time_limit, folder, board
         self._rows_ratio, self._slots = rows_ratio, slots
         self._saved = 0.0
+        self._leading: list[TrialRecord] = []
+        self._next_look = 0.0
 
     def search_is_over(self) -> bool:
         """Whether the time left is needed for finalists, refit and closing."""
@@ -46,6 +48,8 @@ class Timing:
 
     def can_begin(self) -> bool:
         """Whether the time left carries the cheapest trial so far, begun anew, to its first epoch's end."""
+        if self._limit is None:
+            return True
         first_epochs = [r.history[0].seconds for r in list(self._board.records.values()) if r.history]
         return self._search_seconds() > min(first_epochs, default=0.0)
 
@@ -87,7 +91,17 @@ class Timing:
             self._saved = time.monotonic()
 
     def _leaders(self) -> list[TrialRecord]:
-        """The trials that lead now; those of them that get to their end will be the finalists."""
+        """The trials that lead now; those of them that get to their end will be the finalists.
+
+        Tune asks at every turn whether the search is over: a twentieth of the time goes into looking at most.
+        """
+        started = time.monotonic()
+        if started >= self._next_look:
+            self._leading = self._find_leaders()
+            self._next_look = started + 20 * (time.monotonic() - started)
+        return self._leading
+
+    def _find_leaders(self) -> list[TrialRecord]:
         records = list(self._board.records.values())
         # A result without its checkpoint can't be chosen yet.
         measured = [r for r in records if r.state != "failed" and r.checkpoint and self._board.value(r) is not None]

@@ -159,13 +159,12 @@ def test_a_sign_changes_nothing() -> None:
     assert Space.load({"search": spaces[0].search.model_dump(mode="json")}).search == spaces[0].search
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_a_search_finds_a_front_and_takes_one_of_it(ray_cluster: None, sampler: str, tmp_path: Path) -> None:
+def test_a_search_finds_a_front_and_takes_one_of_it(ray_cluster: None, tmp_path: Path) -> None:
     """In the study, in trials.csv, in the summary and on the page; and a finished search can be extended."""
     source = str(write_csv(tmp_path / "t.csv", sample_rows("train", 20)))
     space: dict[str, Any] = {
         "data": {"train": source, "test": source},
-        "search": {"trials": 10, "sampler": sampler, "objectives": ["val_accuracy", "-parameters"]},
+        "search": {"trials": 10, "objectives": ["val_accuracy", "-parameters"]},
         "baseline": {"epochs": 1, "batch_size": 16, "model": {"width": 16}},
         "trial": {"epochs": 3, "batch_size": 16, "model": {"width": {"int": [2, 12]}}},
     }

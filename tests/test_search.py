@@ -309,7 +309,7 @@ def test_more_trials_extend_a_finished_search(
     capsys.readouterr()
     again = search(space, name="four", runs=result.folder.path.parent, resume=True)
     assert "four has finished; for more of it raise search.trials" in capsys.readouterr().out
-    assert again.summary == extended.summary
+    assert again.summary == extended.folder.read_summary()
     assert _contents(extended.folder) == before_again
 
 

@@ -36,6 +36,10 @@ ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
 print("alive", sum(node["Alive"] for node in ray.nodes()))
 '"""
 
+_TELL_RESULTS = """
+cd "$(ls -td /tmp/ray/session_latest/artifacts/*/search/driver_artifacts | head -1)"
+for file in */result.json; do echo "$file"; cat "$file"; echo; done
+"""
 _FIND_RAY = "grep -lx raylet /proc/[0-9]*/comm || true"
 
 
@@ -64,12 +68,17 @@ class Cluster:
                 (host / "search_spaces" / f"{name}.yaml").write_text(yaml.safe_dump(space))
 
     def hosts_of_trials(self, name: str) -> dict[int, list[str]]:
-        """The address at which each epoch of each trial was trained, so far."""
+        """The address at which each epoch of each trial was trained, once the search has ended."""
         return {
-            # The last line may still be being written.
-            int(path.parent.name): [json.loads(line)["node_ip"] for line in path.read_text().split("\n")[:-1]]
+            int(path.parent.name): [json.loads(line)["node_ip"] for line in path.read_text().splitlines()]
             for path in (self.lab.shared / "fmtune" / name / "ray" / "search").glob("*/result.json")
         }
+
+    def hosts_so_far(self) -> list[list[str]]:
+        """The same of each trial of the newest search while it runs: Tune keeps that on the head for some minutes."""
+        results = self.nodes["head"].run(_TELL_RESULTS).split("result.json\n")[1:]
+        # The last line may still be being written.
+        return [[json.loads(line)["node_ip"] for line in text.split("\n") if line.endswith("}")] for text in results]
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +141,10 @@ def test_a_power_cut_costs_no_trial_and_one_epoch_at_most(cluster: Cluster, tmp_
         search = cluster.operator.start(f"cd project; {line}", output)
 
         def is_under_way() -> bool:
-            """Whether a trial of the victim has some epochs behind it, and as many to come."""
-            hosts = cluster.hosts_of_trials("outage").values()
+            """Whether a trial of the victim has some epochs behind it, more than any before had, and as many to come."""
+            hosts = cluster.hosts_so_far()
             assert search.poll() is None, f"over too soon: {hosts}; {Path(output.name).read_text()}"
-            return any(2 <= len(addresses) <= epochs // 2 and addresses[-1] == victim.address for addresses in hosts)
+            return any(3 <= len(addresses) <= epochs // 2 and addresses[-1] == victim.address for addresses in hosts)
 
         wait_for("a trial under way on the victim", is_under_way, seconds=240)
         victim.power_off()

@@ -53,15 +53,13 @@ class Cluster:
 
     def write_space(self, name: str, epochs: int, width: int, **search: Any) -> None:
         """A search on the bundled sample, as a user would have it among search_spaces."""
+        fixed = {"epochs": epochs, "model": {"depth": 10, "width": width, "stem": "imagenet"}}
         space = {
             "data": {"train": "sample"},
             "search": {"scheduler": "none", "finalists": 0} | search,
             "storage": "/mnt/fmtune",
-            "trial": {
-                "epochs": epochs,
-                "model": {"depth": 10, "width": width, "stem": "imagenet"},
-                "optim": {"lr": {"log": [0.003, 0.03]}},
-            },
+            "baseline": fixed,
+            "trial": fixed | {"optim": {"lr": {"log": [0.003, 0.03]}}},
         }
         for host in (self.operator.home / "project", self.nodes["head"].home / "fmtune"):
             if host.exists():
@@ -141,7 +139,7 @@ def test_a_power_cut_costs_no_trial_and_one_epoch_at_most(cluster: Cluster, tmp_
         search = cluster.operator.start(f"cd project; {line}", output)
 
         def is_under_way() -> bool:
-            """Whether a trial of the victim has some epochs behind it, more than any before had, and as many to come."""
+            """Whether a trial of the victim has some epochs behind it, more than any before had, and many to come."""
             hosts = cluster.hosts_so_far()
             assert search.poll() is None, f"over too soon: {hosts}; {Path(output.name).read_text()}"
             return any(3 <= len(addresses) <= epochs // 2 and addresses[-1] == victim.address for addresses in hosts)

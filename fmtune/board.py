@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -72,6 +73,8 @@ class Board:
     capacity: Capacity | None = None
     has_baseline: bool = True
     broken_off: str | None = None
+    _of_ended: tuple[int, TrialRecord | None] = field(default=(0, None), init=False)
+    """How many that have ended were looked at, and the leader of them: they don't change any more."""
 
     def value(self, record: TrialRecord) -> float | None:
         """The deciding metric after the trial's last epoch."""
@@ -81,16 +84,21 @@ class Board:
     @property
     def best(self) -> TrialRecord | None:
         """The leader so far."""
+        looked_at, leader = self._of_ended
+        if looked_at < len(self.ended):
+            fresh = [self.records[number] for number in self.ended[looked_at:]]
+            looked_at, leader = looked_at + len(fresh), self._first_of([leader, *fresh])
+            self._of_ended = looked_at, leader
+        return self._first_of([leader, *(r for r in list(self.records.values()) if r.state == "running")])
+
+    def _first_of(self, records: Iterable[TrialRecord | None]) -> TrialRecord | None:
+        sign = 1 if self.larger else -1
         measured = [
-            (value, -r.number, r)
-            for r in list(self.records.values())
-            if r.state != "failed" and (value := self.value(r)) is not None
+            (sign * value, -r.number, r)
+            for r in records
+            if r is not None and r.state != "failed" and (value := self.value(r)) is not None
         ]
-        if not measured:
-            return None
-        if not self.larger:
-            measured = [(-value, order, record) for value, order, record in measured]
-        return max(measured)[2]
+        return max(measured)[2] if measured else None
 
     @property
     def curve(self) -> list[float]:

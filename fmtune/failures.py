@@ -34,7 +34,7 @@ def is_error_of_training(trial: Trial) -> bool:
 
 
 class EndsErrors(TrialScheduler):
-    """Ends a trial whose training raised an error.
+    """Ends a trial whose training raised an error, and runs the others in the order of their names.
 
     Tune does not tell it from one whose node died, and puts both back into the queue.
     """
@@ -43,6 +43,11 @@ class EndsErrors(TrialScheduler):
         super().on_trial_add(tune_controller, trial)
         if is_error_of_training(trial):
             tune_controller.stop_trial(trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The first of those that wait. Tune's own way looks at all trials that there have been."""
+        waiting = [t for t in tune_controller.get_live_trials() if t.status in (Trial.PENDING, Trial.PAUSED)]
+        return min(waiting, key=lambda trial: str(trial.config["name"]), default=None)
 
 
 class InOrder(EndsErrors, FIFOScheduler):

@@ -17,6 +17,8 @@ from typing import TextIO
 # Read by Ray when it is started, or a Tuner. Tune's own handler of Ctrl-C writes a snapshot that fmtune has no use for
 # and takes long; a plain KeyboardInterrupt ends the run in seconds. Of its loggers fmtune names those that it wants.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# A turn of writing the state of all trials, and of copying what the driver has written of them; every ten seconds else.
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "30")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -73,7 +73,7 @@ class Cluster:
         }
 
     def hosts_so_far(self) -> list[list[str]]:
-        """The same of each trial of the newest search while it runs: Tune keeps that on the head for some minutes."""
+        """The same of each trial of the newest search while it runs: Tune brings that to the storage in turns."""
         results = self.nodes["head"].run(_TELL_RESULTS).split("result.json\n")[1:]
         # The last line may still be being written.
         return [[json.loads(line)["node_ip"] for line in text.split("\n") if line.endswith("}")] for text in results]

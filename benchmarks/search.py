@@ -202,7 +202,7 @@ def search_ray(seconds: float, seed: int) -> Outcome:
         trainer = TorchTrainer(
             _train_as_documented,
             train_loop_config=config["trial"],
-            scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+            scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.95}),
             run_config=ray.train.RunConfig(
                 name=tune.get_context().get_trial_id(), storage_path=folder, callbacks=[TuneReportCallback()]
             ),
@@ -213,7 +213,8 @@ def search_ray(seconds: float, seed: int) -> Outcome:
         return {"trial": space.trial_config(space.suggest(trial)).model_dump()}
 
     tuner = tune.Tuner(
-        tune.with_resources(tune_one, {"CPU": 0}),
+        # As much as leaves room for both workers.
+        tune.with_resources(tune_one, {"CPU": 0.05}),
         tune_config=tune.TuneConfig(
             metric="val_accuracy",
             mode="max",

@@ -26,17 +26,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torchvision import transforms
 from training import CORES, test_accuracy
 
 import fmtune
@@ -45,7 +41,6 @@ from fmtune.checkpoint import create_preprocess, create_trained_model
 from fmtune.config import TrialConfig
 from fmtune.data import TrainingData, load_training_data
 from fmtune.model import create_model
-from fmtune.optim import Optimization
 from fmtune.space import Space
 from fmtune.spacefile import leaves
 from fmtune.training import EpochMetrics, Report, TrainingState, fit
@@ -185,6 +180,7 @@ def _train(data: TrainingData, config: TrialConfig, seed: int, report: Report) -
 
 
 def search_ray(seconds: float, seed: int) -> Outcome:
+    import documented
     import ray
     import ray.train
     from ray import tune
@@ -200,7 +196,7 @@ def search_ray(seconds: float, seed: int) -> Outcome:
 
     def tune_one(config: dict[str, Any]) -> None:
         trainer = TorchTrainer(
-            _train_as_documented,
+            documented.train,
             train_loop_config=config["trial"],
             scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.95}),
             run_config=ray.train.RunConfig(
@@ -209,9 +205,6 @@ def search_ray(seconds: float, seed: int) -> Outcome:
         )
         trainer.fit()
 
-    def define(trial: optuna.Trial) -> dict[str, Any]:
-        return {"trial": space.trial_config(space.suggest(trial)).model_dump()}
-
     tuner = tune.Tuner(
         # As much as leaves room for both workers.
         tune.with_resources(tune_one, {"CPU": 0.05}),
@@ -219,7 +212,7 @@ def search_ray(seconds: float, seed: int) -> Outcome:
             metric="val_accuracy",
             mode="max",
             search_alg=OptunaSearch(
-                space=define,
+                space=partial(documented.define, space),
                 metric="val_accuracy",
                 mode="max",
                 seed=seed,
@@ -254,60 +247,6 @@ def search_ray(seconds: float, seed: int) -> Outcome:
         seconds=spent,
         curve=best_so_far(reached),
     )
-
-
-def _train_as_documented(values: dict[str, Any]) -> None:
-    """The loop of a Train worker."""
-    import ray.train
-    import ray.train.torch
-
-    torch.set_num_threads(1)
-    config = TrialConfig.model_validate(values)
-    data = load_training_data(load_space(1, 0).data)
-    scale = transforms.Normalize(data.pixels.mean, data.pixels.std)
-    plain = transforms.Compose([transforms.ToTensor(), scale])
-    augmented = transforms.Compose(
-        [
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomCrop(28, padding=config.augment.translate),
-            transforms.ToTensor(),
-            scale,
-            transforms.RandomErasing(p=config.augment.erase),
-        ]
-    )
-    train, validation = _Images(data, data.train_rows, augmented), _Images(data, data.validation_rows, plain)
-    loader = ray.train.torch.prepare_data_loader(
-        torch.utils.data.DataLoader(train, batch_size=config.batch_size, shuffle=True)
-    )
-    held_out = torch.utils.data.DataLoader(validation, batch_size=1000)
-    model = ray.train.torch.prepare_model(create_model(config.model, 1, len(data.classes)))
-    optimization = Optimization(model, config.optim, config.epochs * len(loader))
-    for _ in range(config.epochs):
-        model.train()
-        for x, labels in loader:
-            loss = F.cross_entropy(model(x), labels, label_smoothing=config.optim.label_smoothing)
-            optimization.minimise(loss)
-        model.eval()
-        with torch.no_grad():
-            right = sum(int((model(x).argmax(dim=1) == labels).sum()) for x, labels in held_out)
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(model.state_dict(), Path(folder) / "model.pt")
-            ray.train.report(
-                {"val_accuracy": right / len(validation)}, checkpoint=ray.train.Checkpoint.from_directory(folder)
-            )
-
-
-class _Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Rows as images that transforms take one by one."""
-
-    def __init__(self, data: TrainingData, rows: NDArray[np.int64], transform: Callable[[Image.Image], Tensor]) -> None:
-        self._images, self._labels, self._transform = data.images[rows][:, 0], data.labels[rows], transform
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._transform(Image.fromarray(self._images[index])), int(self._labels[index])
 
 
 def _test(data: TrainingData, config: TrialConfig, weights: Mapping[str, Tensor]) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -189,6 +190,8 @@ def search_ray(seconds: float, seed: int) -> Outcome:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
+    # fmtune turns them off, and a script of one's own has them: the epochs of each trial are in what they write.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "0"
     began, started = time.time(), time.monotonic()
     space = load_space(seconds, seed)
     ray.init(log_to_driver=False, logging_level="ERROR")

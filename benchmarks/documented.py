@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
+from training import DATA
 
-from fmtune.config import DataConfig, TrialConfig
+from fmtune.config import TrialConfig
 from fmtune.data import TrainingData, load_training_data
 from fmtune.model import create_model
 from fmtune.optim import Optimization
 from fmtune.space import Space
-
-DATA = DataConfig(train="fashion-mnist")
 
 
 def define(space: Space, trial: optuna.Trial) -> dict[str, Any]:

@@ -10,41 +10,26 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 
 import torch
+from training import DATA, fit_rows
 
-from fmtune.batches import Batches
-from fmtune.checkpoint import create_preprocess
 from fmtune.config import TrialConfig
-from fmtune.data import measure_pixels, split_rows
-from fmtune.datasets import read_named
+from fmtune.data import load_training_data
 from fmtune.model import count_parameters, create_model
 from fmtune.space import Space
-from fmtune.training import EpochMetrics, TrainingState, fit
+from fmtune.training import EpochMetrics, TrainingState
 
 
 def train(config: TrialConfig, seed: int) -> list[EpochMetrics]:
     """The metrics of each epoch."""
-    table, _ = read_named("fashion-mnist", "train", Path("data"))
-    train_rows, validation_rows = split_rows(table.labels, 0.1, seed=0, place="fashion-mnist")
-    images, labels = torch.tensor(table.images), torch.tensor(table.labels)
-    torch.manual_seed(seed)
-    network = create_model(config.model, 1, 10).to(memory_format=torch.channels_last)
+    data = load_training_data(DATA)
     history: list[EpochMetrics] = []
 
     def report(metrics: EpochMetrics, state: TrainingState) -> None:
         history.append(metrics)
 
-    fit(
-        network,
-        create_preprocess(config, measure_pixels(table.images[train_rows])),
-        Batches(images, labels, torch.tensor(train_rows)),
-        Batches(images, labels, torch.tensor(validation_rows)),
-        config,
-        seed=seed,
-        report=report,
-    )
+    fit_rows(data, config, data.train_rows, data.validation_rows, seed, report)
     return history
 
 

@@ -34,17 +34,15 @@ from typing import Any
 import optuna
 import torch
 from torch import Tensor
-from training import CORES, test_accuracy
+from training import CORES, fit_rows, test_accuracy
 
 import fmtune
-from fmtune.batches import Batches
-from fmtune.checkpoint import create_preprocess, create_trained_model
+from fmtune.checkpoint import create_trained_model
 from fmtune.config import TrialConfig
 from fmtune.data import TrainingData, load_training_data
-from fmtune.model import create_model
 from fmtune.space import Space
 from fmtune.spacefile import leaves
-from fmtune.training import EpochMetrics, Report, TrainingState, fit
+from fmtune.training import EpochMetrics, TrainingState
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "default.yaml"
 EPOCHS = 5
@@ -149,7 +147,7 @@ def search_optuna(seconds: float, seed: int) -> Outcome:
                 raise optuna.TrialPruned
 
         try:
-            _train(data, config, seed * 1000 + trial.number, report)
+            fit_rows(data, config, data.train_rows, data.validation_rows, seed * 1000 + trial.number, report)
         except optuna.TrialPruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
@@ -166,18 +164,6 @@ def search_optuna(seconds: float, seed: int) -> Outcome:
         seconds=spent,
         curve=best_so_far(reached),
     )
-
-
-def _train(data: TrainingData, config: TrialConfig, seed: int, report: Report) -> None:
-    """fmtune's step on tensors in memory."""
-    torch.manual_seed(seed)
-    network = create_model(config.model, 1, len(data.classes))
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images, labels = torch.tensor(data.images), torch.tensor(data.labels)
-    train, validation = (
-        Batches(images, labels, torch.tensor(rows)) for rows in (data.train_rows, data.validation_rows)
-    )
-    fit(network, create_preprocess(config, data.pixels), train, validation, config, seed=seed, report=report)
 
 
 def search_ray(seconds: float, seed: int) -> Outcome:

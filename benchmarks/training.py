@@ -30,17 +30,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fmtune.batches import Batches
 from fmtune.checkpoint import create_preprocess, create_trained_model, load_weights
 from fmtune.classifier import TrainedModel
 from fmtune.config import DataConfig, ResourcesConfig, TrialConfig
-from fmtune.data import load_split, load_test_split, load_training_data
-from fmtune.model import create_model
+from fmtune.data import TrainingData, load_split, load_test_split, load_training_data
+from fmtune.model import ResNet, create_model
 from fmtune.predict import evaluate_model
 from fmtune.recipes import SEED
 from fmtune.session import quiet, ray_session
-from fmtune.training import EpochMetrics, TrainingState, fit
+from fmtune.training import EpochMetrics, Report, TrainingState, fit
 
 TUTORIAL_BEST = 0.8938
 TARGETS = (TUTORIAL_BEST, 0.92, 0.929)
@@ -66,9 +67,6 @@ def fit_bare(config: TrialConfig, rows: int, threads: int, seed: int) -> tuple[T
     """Train on the first `rows` rows by the bare loop; the model, its epochs, and images/s over the later epochs."""
     torch.set_num_threads(threads)
     data = load_training_data(DATA)
-    torch.manual_seed(seed)
-    network = create_model(config.model, 1, 10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = Batches(torch.tensor(data.images), torch.tensor(data.labels), torch.arange(len(data.images))[:rows])
     metrics: list[EpochMetrics] = []
     ends: list[float] = []
 
@@ -76,10 +74,29 @@ def fit_bare(config: TrialConfig, rows: int, threads: int, seed: int) -> tuple[T
         metrics.append(epoch)
         ends.append(time.perf_counter())
 
+    network = fit_rows(data, config, np.arange(rows), None, seed, report)
     preprocess = create_preprocess(config, data.pixels)
-    fit(network, preprocess, batches, None, config, seed=seed, report=report)
     model = TrainedModel(network.eval(), preprocess, data.classes, config, data.image_shape, data.pixels)
     return model, metrics, _rate(ends, rows)
+
+
+def fit_rows(
+    data: TrainingData,
+    config: TrialConfig,
+    rows: NDArray[np.int64],
+    held_out: NDArray[np.int64] | None,
+    seed: int,
+    report: Report,
+) -> ResNet:
+    """Train on some rows by the bare loop, and validate on others if any."""
+    torch.manual_seed(seed)
+    network = create_model(config.model, 1, len(data.classes))
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images, labels = torch.tensor(data.images), torch.tensor(data.labels)
+    train = Batches(images, labels, torch.tensor(rows))
+    validation = None if held_out is None else Batches(images, labels, torch.tensor(held_out))
+    fit(network, create_preprocess(config, data.pixels), train, validation, config, seed=seed, report=report)
+    return network
 
 
 def _rate(ends: Sequence[float], rows: int) -> float:

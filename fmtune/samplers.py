@@ -101,7 +101,7 @@ class _Excerpt(optuna.Study):
     """A study as a sampler sees it that is to see only some of its trials."""
 
     def __init__(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
-        super().__init__(study.study_name, study._storage)
+        super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
         self._seen = trials
 
     def _get_trials(

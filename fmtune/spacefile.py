@@ -183,7 +183,7 @@ class SpaceReader:
             self._check_grid(sections.ranges)
         if sections.search.scheduler == "pbt" and not set(MUTABLE) & set(sections.ranges):
             self._add("search.scheduler", f"pbt changes values along a training; search one of {', '.join(MUTABLE)}")
-        self._check_budget(sections)
+        self._check_companions(sections)
         self._read_tries(sections)
         if self._problems:
             raise SpaceError(*self._problems)
@@ -313,11 +313,12 @@ class SpaceReader:
                     f"trial.{key}", f"{searched.kind}: a grid has no end on it; use choice, or another search.sampler"
                 )
 
-    def _check_budget(self, sections: Sections) -> None:
+    def _check_companions(self, sections: Sections) -> None:
+        """Find values that want another section, or a data set, to go with."""
         if sections.search.cost is not None and sections.resources.price is None:
             self._add("search.cost", "what an hour costs is not known; set resources.price")
         if sections.data.fallback is not None and sections.data.fallback not in NAMES:
-            self._add("data.fallback", f"{sections.data.fallback!r}; {_hint(sections.data.fallback, tuple(NAMES))}")
+            self._add("data.fallback", f"{sections.data.fallback!r}; {_hint(sections.data.fallback, NAMES)}")
 
     def _read_tries(self, sections: Sections) -> None:
         """Check the configurations to start with, and leave out of them what the user has set otherwise."""

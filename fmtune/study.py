@@ -164,9 +164,14 @@ def tell(study: optuna.Study, number: int, values: Sequence[float], *, is_done: 
         study.tell(number, state=TrialState.PRUNED)
 
 
+def id_of(study: optuna.Study, number: int) -> int:
+    """What a trial of the study goes by in its storage."""
+    return study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+
+
 def keep_attribute(study: optuna.Study, number: int, name: str, value: Any) -> None:
     """Keep something with a trial of the study, as JSON."""
-    study._storage.set_trial_user_attr(study.get_trials(deepcopy=False)[number]._trial_id, name, value)
+    study._storage.set_trial_user_attr(id_of(study, number), name, value)
 
 
 def fail(study: optuna.Study, number: int, cause: str) -> None:

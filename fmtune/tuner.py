@@ -27,7 +27,7 @@ from fmtune.run import TrialRecord
 from fmtune.samplers import STARTUP_TRIALS, create_sampler
 from fmtune.seeds import derive_seed
 from fmtune.space import Space
-from fmtune.study import STUDY, RunTrials, tell
+from fmtune.study import STUDY, RunTrials, id_of, tell
 from fmtune.studyfile import StudyFile
 from fmtune.tensorboard import EventFiles
 from fmtune.training import EpochMetrics
@@ -111,18 +111,19 @@ class StudySearch(NotStored, OptunaSearch):
         return task.as_dict()
 
     def _trial_of(self, number: int) -> optuna.Trial:
-        """The study's side of a trial of the run; only that of an earlier attempt is looked for among all trials."""
+        """The study's side of a trial of the run; that of an earlier attempt is made anew."""
         if number not in self._asked:
-            stored = self.study.get_trials(deepcopy=False)[self._own.study_number(number)]
-            self._asked[number] = optuna.trial.Trial(self.study, stored._trial_id)
+            self._asked[number] = optuna.trial.Trial(self.study, id_of(self.study, self._own.study_number(number)))
         return self._asked[number]
 
     def _next_task(self) -> Task | None:
         """What is to be trained next; None if that depends on what is being trained, or there is nothing more."""
-        return self._interrupted.pop(0) if self._interrupted else self._create_task(self._own.ask(self.study))
+        return self._interrupted.pop(0) if self._interrupted else self._create_task()
 
-    def _create_task(self, asked: optuna.Trial) -> Task:
-        space, number = self._searched, self._own.number_of(asked)
+    def _create_task(self) -> Task:
+        """The task of a trial that the study is asked for."""
+        space, asked = self._searched, self._own.ask(self.study)
+        number = self._own.number_of(asked)
         self._asked[number] = asked
         if number == 0 and not space.is_single:
             asked.set_user_attr("baseline", True)
@@ -191,7 +192,7 @@ class PopulationSearch(StudySearch):
         if any(record.number == 0 for record in waiting):
             return self._task_of(self._records[0])
         if len(self._own) < self._searched.trials:
-            task = self._create_task(self._own.ask(self.study))
+            task = self._create_task()
             return task if task.number == 0 else self._cut(task, TrialRecord(task.trial_number, task.config, {}))
         if not waiting:
             return None

@@ -83,7 +83,7 @@ class Exploration:
             storage=context.storage.place,
             watcher=self,
             params_of=context.space.params_of,
-            until=Until(self._is_over, self._baseline_is_over),
+            until=Until(self._is_over, self._ends_early),
             scheduler=create_scheduler(context.space, list(self._records.values()), slots, context.objectives),
             pooled=not context.space.is_single,
             can_grow=context.can_grow,
@@ -273,6 +273,13 @@ class Exploration:
         if len(recent) == _SAME_FAILURES and len(set(recent)) == 1 and self._board.broken_off is None:
             self._board.broken_off = cause
             self._context.view.note(f"the last {_SAME_FAILURES} trials died of one cause; the search ends")
+
+    def _ends_early(self, task: Task, result: dict[str, float]) -> bool:
+        """Whether no time is left for more of a trial."""
+        epoch, seconds = int(result["epoch"]), result["seconds"]
+        if not self._timing.can_go_on(task.config.epochs, epoch, seconds):
+            return True
+        return self._baseline_is_over(task, result)
 
     def _baseline_is_over(self, task: Task, result: dict[str, float]) -> bool:
         """Whether the baseline's next epoch would take it over its share of the time."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +119,7 @@ class Space:
         if self.search.sampler == "grid":
             points = self.grid()
         else:
-            draws = _RandomDraws(seed)
+            draws = _LatinHypercube(startup, seed)
             drawn = [self.suggest(draws) for _ in range(startup if self.ranges else 0)]
             points = [dict(leaves(one)) for one in self.search.tries]
             points += sorted(drawn, key=lambda values: cost(self.trial_config(values)))
@@ -180,7 +180,7 @@ class Space:
     def samples(self) -> Iterator[TrialConfig]:
         """The baseline and some configurations of the space, the same ones each time."""
         yield self.baseline
-        draws = _RandomDraws(0)
+        draws = _LatinHypercube(_SAMPLES, seed=0)
         for _ in range(_SAMPLES if self.ranges else 1):
             yield self.trial_config(self.suggest(draws))
 
@@ -195,20 +195,36 @@ class Space:
             raise SpaceError(f"{document.place(key)}: {key}: {first['ctx']['error']}") from None
 
 
-class _RandomDraws:
-    """Independent uniform draws, the same ones for a seed each time."""
+class _LatinHypercube:
+    """Uniform draws that cover each range evenly (McKay, Beckman and Conover, 1979), the same for a seed each time.
 
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
+    A range is cut into as many parts as points are drawn, and each point takes its value from another part. Of a few
+    points drawn apart from one another most may well have one of three optimizers, and that at poor learning rates.
+
+    Args:
+        points: that will be drawn.
+        seed: of the draws.
+    """
+
+    def __init__(self, points: int, seed: int) -> None:
+        self._points, self._random = points, random.Random(seed)
+        self._parts: defaultdict[str, list[int]] = defaultdict(list)
 
     def suggest_categorical(self, name: str, choices: Sequence[Scalar]) -> Scalar:
-        return self._random.choice(choices)
+        return choices[int(len(choices) * self._draw(name))]
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
-        return self._random.randint(low, high)
+        return low + int((high - low + 1) * self._draw(name))
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return math.exp(self._random.uniform(math.log(low), math.log(high))) if log else self._random.uniform(low, high)
+        share = self._draw(name)
+        return low * (high / low) ** share if log else low + (high - low) * share
+
+    def _draw(self, name: str) -> float:
+        """Where in a range the next point lies, from 0 up to but not including 1."""
+        if not self._parts[name]:
+            self._parts[name] = self._random.sample(range(self._points), self._points)
+        return (self._parts[name].pop() + self._random.random()) / self._points
 
 
 def _create_baseline(

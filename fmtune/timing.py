@@ -47,11 +47,28 @@ class Timing:
         return self._search_seconds() <= 0
 
     def can_begin(self) -> bool:
-        """Whether the time left carries the cheapest trial so far, begun anew, to its first epoch's end."""
+        """Whether the time left carries the cheapest training so far, begun anew, to its end.
+
+        Before one has come to its end any trial is better than none, and its first epoch is enough.
+        """
         if self._limit is None:
             return True
-        first_epochs = [r.history[0].seconds for r in list(self._board.records.values()) if r.history]
-        return self._search_seconds() > min(first_epochs, default=0.0)
+        records = list(self._board.records.values())
+        whole = [record.seconds for record in records if record.state == "complete"]
+        first_epochs = [record.history[0].seconds for record in records if record.history]
+        return self._search_seconds() > min(whole or first_epochs, default=0.0)
+
+    def can_go_on(self, epochs: int, epoch: int, seconds: float) -> bool:
+        """Whether the time left carries a trial of so many epochs, `seconds` long up to `epoch`, to its end.
+
+        What is cut short can't be chosen where others have come to their end. Before one has, the next epoch is enough.
+        """
+        further = epochs - epoch if self._has_whole() else min(1, epochs - epoch)
+        return further * seconds / epoch <= self._search_seconds()
+
+    def _has_whole(self) -> bool:
+        """Whether a trial has come to its end."""
+        return any(record.state == "complete" for record in list(self._board.records.values()))
 
     def _search_seconds(self) -> float:
         """Seconds left for the search itself."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,16 @@ def test_the_first_random_trials_are_the_cheapest_of_them_first() -> None:
     assert epochs == sorted(epochs) and len(set(epochs)) > 1
     assert all(0.1 <= planned[number]["optim.lr"] <= 1 for number in range(2, 8))
     assert plan(seed=1) == planned != plan(seed=2)
+
+
+def test_the_first_random_trials_cover_every_range_evenly() -> None:
+    """Of nine points three have each optimizer, and each ninth of the learning rates holds one, on its logarithm."""
+    optim = {"name": {"choice": ["sgd", "adamw", "muon"]}, "lr": {"log": [1e-9, 1.0]}}
+    space = Space.load({"trial": {"epochs": {"int": [1, 9]}, "optim": optim}})
+    planned = space.planned(9, lambda config: 0, seed=1).values()
+    assert sorted(point["epochs"] for point in planned) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert Counter(point["optim.name"] for point in planned) == {"sgd": 3, "adamw": 3, "muon": 3}
+    assert sorted(math.floor(math.log10(float(point["optim.lr"]))) for point in planned) == list(range(-9, 0))
 
 
 def test_a_cost_without_a_price_is_refused() -> None:

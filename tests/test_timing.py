@@ -1,0 +1,83 @@
+"""What the time that is left allows: margins are minutes, so that no machine is too slow for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fmtune.board import Board
+from fmtune.config import TrialConfig
+from fmtune.run import RunFolder, State, TrialRecord
+from fmtune.space import Space
+from fmtune.timing import Timing
+from fmtune.training import EpochMetrics
+
+EPOCHS = 5
+
+
+def create_timing(folder: Path, left: float, search: Mapping[str, Any], *records: TrialRecord) -> Timing:
+    """The timing of a run with `left` seconds to go."""
+    now = time.monotonic()
+    board = Board("", 99, "val_accuracy", True, started=now, deadline=now + left)
+    board.records = {record.number: record for record in records}
+    space = Space.load({"search": {"time": "1h", **search}, "trial": {"epochs": EPOCHS}})
+    return Timing(space, RunFolder(folder), board, rows_ratio=1.0, slots=lambda: 2)
+
+
+def create_record(number: int, epochs: int, state: State, accuracy: float = 0.9) -> TrialRecord:
+    """A trial whose epochs have taken a minute each."""
+    record = TrialRecord(number, TrialConfig(epochs=EPOCHS), {}, state, checkpoint="somewhere")
+    for epoch in range(1, epochs + 1):
+        record.history.append(EpochMetrics(epoch, 0.5, 0.5, accuracy, 0.01, 1000.0, 60.0 * epoch))
+    return record
+
+
+WHOLE, PART = create_record(1, EPOCHS, "complete"), create_record(2, 2, "running", accuracy=0.8)
+ALONE = {"refit": False, "finalists": 0}
+
+
+@pytest.mark.parametrize(
+    ("left", "records", "can"),
+    [
+        (30, [], True),
+        (120, [PART], True),  # an epoch more is something to choose
+        (50, [PART], False),
+        (250, [WHOLE, PART], False),  # what can't come to its end can't be chosen any more
+        (400, [WHOLE, PART], True),
+    ],
+)
+def test_a_trial_is_begun_only_if_it_can_come_to_something(
+    tmp_path: Path, left: float, records: list[TrialRecord], can: bool
+) -> None:
+    assert create_timing(tmp_path, left, ALONE, *records).can_begin() == can
+
+
+@pytest.mark.parametrize(
+    ("left", "records", "can"),
+    [(120, [PART], True), (50, [PART], False), (120, [WHOLE, PART], False), (250, [WHOLE, PART], True)],
+)
+def test_a_trial_goes_on_only_while_it_can_come_to_something(
+    tmp_path: Path, left: float, records: list[TrialRecord], can: bool
+) -> None:
+    timing = create_timing(tmp_path, left, ALONE, *records)
+    assert timing.can_go_on(EPOCHS, epoch=2, seconds=120.0) == can
+
+
+@pytest.mark.parametrize(("left", "can"), [(1100, True), (800, False)])
+def test_time_for_finalists_and_refit_is_set_aside(tmp_path: Path, left: float, can: bool) -> None:
+    """A round of both leaders side by side, and the refit, take five minutes each; three epochs more take three."""
+    others = [create_record(number, EPOCHS, "complete") for number in (3, 4)]
+    timing = create_timing(tmp_path, left, {"finalists": 2}, PART, *others)
+    assert timing.can_go_on(EPOCHS, epoch=2, seconds=120.0) == can
+    assert timing.has_round(others, is_first=True)
+
+
+def test_without_a_limit_there_is_time_for_everything(tmp_path: Path) -> None:
+    board = Board("", 99, "val_accuracy", True, started=time.monotonic(), deadline=None)
+    board.records = {1: WHOLE}
+    timing = Timing(Space.load({"trial": {"epochs": EPOCHS}}), RunFolder(tmp_path), board, 1.0, lambda: 1)
+    assert timing.can_begin() and timing.can_go_on(EPOCHS, 2, 120.0) and timing.has_round([WHOLE], is_first=True)

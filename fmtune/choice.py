@@ -204,6 +204,11 @@ class Chooser:
         if lead := self._clear_lead(leaders):
             context.view.note(f"trial {leaders[0].number} leads by {lead}; it is taken without retraining finalists")
             return {}
+        if not self._timing.rounds_are_worth_it(leaders):
+            context.view.note(
+                "retraining the finalists would take more than it is worth in so short a time; it is skipped"
+            )
+            return {}
         if not self._timing.has_round(leaders, is_first=True):
             context.view.note("no time is left to retrain the finalists; the leader is taken as it is")
             return {}

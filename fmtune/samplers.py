@@ -18,6 +18,9 @@ PartOf = Callable[[optuna.Study], optuna.Study]
 """What of a study a sampler is to see."""
 STARTUP_TRIALS = 8
 """Random trials before a sampler models what it has seen."""
+_PRIOR_TRIALS = 3.0
+"""Trials that TPE's even prior weighs as much as: with one, its default, a search keeps to what its first trials found,
+and random draws do better (`benchmarks/README.md`)."""
 _MODELLED = 300
 """Trials that TPE models, and with them those that have come since they were chosen."""
 _MODELLED_BEST = 100
@@ -60,7 +63,7 @@ def create_tpe(seed: int) -> optuna.samplers.TPESampler:
     """TPE (Bergstra et al., 2011; Watanabe, 2023, https://arxiv.org/abs/2304.11127) over all values together."""
     return optuna.samplers.TPESampler(
         seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS,
-        warn_independent_sampling=False,
+        prior_weight=_PRIOR_TRIALS, warn_independent_sampling=False,
     )  # fmt: skip
 
 

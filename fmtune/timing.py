@@ -14,6 +14,9 @@ from fmtune.space import Space
 
 _ENDING_SHARE = 0.5
 """Part of the time that finalists and refit may be set aside at most."""
+_ROUND_SHARE = 0.1
+"""Part of the time that a round of finalists may take at most: a search finds more by going on than by a longer one
+(`benchmarks/README.md`)."""
 _PHASE_SECONDS = 8.0
 """Seconds that a phase takes beside training: processes start and import torch."""
 _CLOSING_SECONDS = 12.0
@@ -88,6 +91,10 @@ class Timing:
         """Whether only `reserve` seconds and the closing are left."""
         return self._board.left is not None and self._board.left < reserve + _CLOSING_SECONDS
 
+    def rounds_are_worth_it(self, leaders: Sequence[TrialRecord]) -> bool:
+        """Whether training the leaders once more is a small enough part of the whole time."""
+        return self._limit is None or self._round_seconds(leaders) <= _ROUND_SHARE * self._limit
+
     def has_round(self, leaders: Sequence[TrialRecord], is_first: bool) -> bool:
         """Whether there is time to train each of the leaders once more before the refit."""
         if self._board.left is None:
@@ -127,7 +134,9 @@ class Timing:
 
     def _finalists_seconds(self) -> float:
         leaders = self._leaders()
-        return _PHASE_SECONDS + self._round_seconds(leaders) if len(leaders) > 1 and self._search.retrained > 1 else 0.0
+        if len(leaders) < 2 or not self.rounds_are_worth_it(leaders):
+            return 0.0
+        return _PHASE_SECONDS + self._round_seconds(leaders)
 
     def _round_seconds(self, leaders: Sequence[TrialRecord]) -> float:
         """Seconds that one more training of each takes, side by side."""

@@ -76,6 +76,17 @@ def test_time_for_finalists_and_refit_is_set_aside(tmp_path: Path, left: float, 
     assert timing.has_round(others, is_first=True)
 
 
+@pytest.mark.parametrize(("time", "worth"), [("1h", True), ("40m", False)])
+def test_a_round_of_finalists_that_takes_more_than_a_tenth_of_the_time_is_left_out(
+    tmp_path: Path, time: str, worth: bool
+) -> None:
+    """Then no time is set aside for it either: a round of both side by side takes five minutes, the refit as many."""
+    others = [create_record(number, EPOCHS, "complete") for number in (3, 4)]
+    timing = create_timing(tmp_path, 700, {"finalists": 2, "time": time}, PART, *others)
+    assert timing.rounds_are_worth_it(others) == worth
+    assert timing.can_go_on(EPOCHS, epoch=2, seconds=120.0) == (not worth)
+
+
 def test_without_a_limit_there_is_time_for_everything(tmp_path: Path) -> None:
     board = Board("", 99, "val_accuracy", True, started=time.monotonic(), deadline=None)
     board.records = {1: WHOLE}

@@ -110,7 +110,8 @@ def main() -> None:
     print(f"pretrained on {len(images):,} images: {own:.4f} on the test images of their classes")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/weights.safetensors"
-        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+        # The head is of other classes, and as many: a file alone does not tell.
+        save_file({n: v.contiguous() for n, v in network.state_dict().items() if not n.startswith("fc.")}, path)
         ways = {SCRATCH: ModelConfig()}
         ways |= {f"freeze {freeze}": ModelConfig(pretrained=path, freeze=freeze) for freeze in range(6)}
         for count in options.counts:

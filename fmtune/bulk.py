@@ -29,7 +29,12 @@ _ROWS_WRITTEN = 2**14
 
 
 def predict_pieces(
-    pieces: Sequence[Piece[pa.Table]], model: TrainedModel, address: str | None, write: Callable[[pa.Table], None]
+    pieces: Sequence[Piece[pa.Table]],
+    model: TrainedModel,
+    address: str | None,
+    write: Callable[[pa.Table], None],
+    *,
+    are_here: bool = False,
 ) -> None:
     """Predict pieces on a Ray cluster.
 
@@ -38,6 +43,7 @@ def predict_pieces(
         model: what predicts; it is sent to the predictors.
         address: of the cluster; a Ray of this machine's own by default.
         write: takes the rows that `Predictor` makes, in the order of the pieces.
+        are_here: whether this process's node alone can be trusted to have the files.
 
     Raises:
         InputError: a piece can't be read.
@@ -45,7 +51,7 @@ def predict_pieces(
     """
     # Ray keeps its own log in its session folder.
     with interruptible() as check, quiet() as screen, ray_session(ResourcesConfig(), address):
-        tables = _create_dataset(pieces, model).iter_batches(batch_size=_ROWS_WRITTEN, batch_format="pyarrow")
+        tables = _create_dataset(pieces, model, are_here).iter_batches(batch_size=_ROWS_WRITTEN, batch_format="pyarrow")
         rows = 0
         with screen.console.status("predicting") as status:
             try:
@@ -58,12 +64,13 @@ def predict_pieces(
                 raise _explain(error) from error
 
 
-def _create_dataset(pieces: Sequence[Piece[pa.Table]], model: TrainedModel) -> ray.data.Dataset:
+def _create_dataset(pieces: Sequence[Piece[pa.Table]], model: TrainedModel, are_here: bool) -> ray.data.Dataset:
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     images = ray.data.read_datasource(
-        _Pieces(pieces),
-        num_cpus=_READER_CPUS,
+        _Pieces(pieces, are_here),
+        # The head of a cluster is often given none to share out.
+        num_cpus=0 if are_here else _READER_CPUS,
         concurrency=1 if max(piece.blocks for piece in pieces) > _LONG_PIECE else cpus,
         override_num_blocks=len(pieces),
     )
@@ -88,11 +95,15 @@ def _create_dataset(pieces: Sequence[Piece[pa.Table]], model: TrainedModel) -> r
 
 
 class _Pieces(Datasource):
-    """A read task for each piece."""
+    """A read task for each piece, on any node, or on this process's own."""
 
-    def __init__(self, pieces: Sequence[Piece[pa.Table]]) -> None:
+    def __init__(self, pieces: Sequence[Piece[pa.Table]], are_here: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._pieces = pieces
+        self._pieces, self._are_here = pieces, are_here
+
+    @property
+    def supports_distributed_reads(self) -> bool:
+        return not self._are_here
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None

@@ -53,10 +53,7 @@ def save_model(folder: Path, model: TrainedModel) -> None:
         "pixels": asdict(model.pixels),
     }
     write_json(folder / "config.json", config)
-    classes = [
-        {"label": label, "name": name} for label, name in zip(model.classes.labels, model.classes.names, strict=True)
-    ]
-    write_json(folder / "classes.json", classes)
+    write_json(folder / "classes.json", model.classes.as_entries())
 
 
 def load_model(folder: Path) -> TrainedModel:
@@ -69,8 +66,7 @@ def load_model(folder: Path) -> TrainedModel:
         if not (folder / name).exists():
             raise RunFolderError(f"{folder / name}: no such file; expected a finished run")
     config = read_json(folder / "config.json")
-    entries = read_json(folder / "classes.json")
-    classes = Classes(tuple(entry["label"] for entry in entries), tuple(entry["name"] for entry in entries))
+    classes = Classes.of_entries(read_json(folder / "classes.json"))
     saved = config["pixels"]
     pixels = Pixels(saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["resize"])
     trial = TrialConfig.model_validate(config["trial"])

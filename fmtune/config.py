@@ -293,6 +293,8 @@ class ModelConfig(Config):
     def _freeze_needs_weights(self) -> ModelConfig:
         if self.freeze and self.pretrained is None:
             raise ValueError("freeze keeps random weights when pretrained is null; set pretrained, or freeze to 0")
+        if self.unfreeze_epoch is not None and not self.freeze:
+            raise ValueError("unfreeze_epoch thaws nothing when freeze is 0; set freeze, or unfreeze_epoch to null")
         return self
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -61,6 +62,15 @@ class Classes:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @classmethod
+    def of_entries(cls, entries: Sequence[Mapping[str, Any]]) -> Classes:
+        """What `as_entries` gave."""
+        return cls(tuple(entry["label"] for entry in entries), tuple(entry["name"] for entry in entries))
+
+    def as_entries(self) -> list[dict[str, Any]]:
+        """JSON values, one for each class in its order."""
+        return [{"label": label, "name": name} for label, name in zip(self.labels, self.names, strict=True)]
 
     @classmethod
     def of_table(cls, table: Table | StoredTable) -> Classes:

@@ -96,7 +96,7 @@ class Exploration:
             "storage": storage,
             "own": self._own,
             "has_time": self._timing.can_begin,
-            "cost": lambda config: config.epochs * count_operations(config, context.data),
+            "cost": lambda config: count_operations(config, context.data),
             "started": len(self._records),
             "objectives": context.objectives,
         }

@@ -11,7 +11,7 @@ from rich.console import Console
 from fmtune.config import FINALIST_ROUNDS
 from fmtune.data import TrainingData, load_training_data
 from fmtune.model import count_parameters, create_model
-from fmtune.probe import count_full_trainings, probe_space
+from fmtune.probe import count_full_trainings, probe_space, try_weights
 from fmtune.space import Space
 from fmtune.view import format_seconds
 
@@ -21,6 +21,7 @@ def print_plan(console: Console, space: Space, path: Path) -> None:
 
     Raises:
         DataError: the training source is missing or malformed.
+        InputError: weights to start from can't be had, or don't fit a network.
     """
     data = load_training_data(space.data)
     for name, text in _describe(space, data, path):
@@ -46,6 +47,7 @@ def _describe(space: Space, data: TrainingData, path: Path) -> list[tuple[str, s
     network = create_model(space.baseline.model, channels, len(data.classes))
     what = "network" if space.is_single else "baseline"
     lines.append((what, f"{count_parameters(network):,} parameters, {space.baseline.epochs} epochs"))
+    lines += [("weights", line) for line in try_weights(space, data)]
     cpus = f"{resources.cpus:g}" if resources.cpus else ("all" if space.is_single else "1")
     lines.append(
         (

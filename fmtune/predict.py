@@ -23,6 +23,7 @@ from fmtune.config import DataConfig
 from fmtune.data import load_split
 from fmtune.datasets import NAMES
 from fmtune.errors import DataError
+from fmtune.files import is_url
 from fmtune.memory import Source, table_of_memory
 from fmtune.pieces import Piece, check_shape, create_block, find_pieces, rows_of_block
 from fmtune.readers import Layout, Table
@@ -131,7 +132,9 @@ def predict(
             # Ray takes seconds to import and to start.
             from fmtune.bulk import predict_pieces
 
-            predict_pieces(pieces, model, address, writer.write)
+            # A cluster's other nodes see the same URLs, and have files of their own.
+            are_here = address is not None and (not is_url(source) or source.startswith("file:"))
+            predict_pieces(pieces, model, address, writer.write, are_here=are_here)
         if writer.rows == 0:
             raise DataError(f"{source}: no rows; expected one image a row")
     return writer.rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import struct
 import typing
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fmtune.config import ModelConfig
+from fmtune.data import Classes
 from fmtune.errors import InputError, RunFolderError, first_line
 from fmtune.model import Pixels, ResNet
 
@@ -84,10 +86,11 @@ def check_pretrained(config: ModelConfig) -> None:
         _find_file(config.pretrained)
 
 
-def load_pretrained(network: ResNet, config: ModelConfig, cache: Path) -> LoadReport:
+def load_pretrained(network: ResNet, config: ModelConfig, cache: Path, classes: Classes | None = None) -> LoadReport:
     """Fill `network` with the weights that `config.pretrained` names; on an error it stays as it is.
 
-    The head (`fc`, `head`) is taken where its shapes match, and stays new otherwise. A first convolution of 3 channels
+    The head (`fc`, `head`) stays new where its shapes differ, or where a run or an export says beside its weights that
+    they are of other classes; a file alone does not tell. A first convolution of 3 channels
     is summed over them for a network of 1, and one of 1 channel is shared out in thirds for a network of 3, so that a
     grey image and the same image repeated in 3 channels give the same. Nothing but tensors is unpickled.
 
@@ -95,6 +98,7 @@ def load_pretrained(network: ResNet, config: ModelConfig, cache: Path) -> LoadRe
         network: made for `config`, on any device.
         config: with `pretrained` set.
         cache: folder of downloaded weights; made if need be.
+        classes: that the network is to tell apart; None takes a head that fits.
 
     Raises:
         InputError: as `check_pretrained`, or the weights cannot be had, read, or fitted into the network.
@@ -102,11 +106,13 @@ def load_pretrained(network: ResNet, config: ModelConfig, cache: Path) -> LoadRe
     if config.pretrained is None:
         raise ValueError("pretrained is null: there is nothing to load")
     check_pretrained(config)
+    theirs: Classes | None = None
     if config.pretrained == "imagenet":
         place, weights = _fetch_published(config.depth, cache)
     else:
-        place, weights = config.pretrained, _read_file(_find_file(config.pretrained))
-    return _fill(network, config, weights, place)
+        file = _find_file(config.pretrained)
+        place, weights, theirs = config.pretrained, _read_file(file), _read_classes(file)
+    return _fill(network, config, weights, place, takes_head=classes is None or theirs in (None, classes))
 
 
 def _check_published(config: ModelConfig) -> None:
@@ -164,6 +170,19 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
     return _check_weights(weights, path)
 
 
+def _read_classes(path: Path) -> Classes | None:
+    """The classes of a file's weights, by what a run or an export writes beside it; None where there is nothing."""
+    beside, exported = path.with_name("classes.json"), path.with_name(f"{path.name}.json")
+    try:
+        if beside.is_file():
+            return Classes.of_entries(json.loads(beside.read_text(encoding="utf-8")))
+        described = json.loads(exported.read_text(encoding="utf-8"))
+        return Classes(tuple(described["labels"]), tuple(described["names"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        # Something else that goes by that name.
+        return None
+
+
 def _check_weights(weights: object, path: Path) -> Mapping[str, Tensor]:
     if isinstance(weights, dict) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
@@ -199,15 +218,18 @@ def _fetch_published(depth: int, cache: Path) -> tuple[str, Mapping[str, Tensor]
     return f"imagenet ({path.name})", _check_weights(weights, path)
 
 
-def _fill(network: ResNet, config: ModelConfig, weights: Mapping[str, Tensor], place: str) -> LoadReport:
-    """Put all of `weights` that fit into `network`, and refuse those that fit half.
+def _fill(
+    network: ResNet, config: ModelConfig, weights: Mapping[str, Tensor], place: str, takes_head: bool
+) -> LoadReport:
+    """Put all of `weights` that fit into `network`, the head's only if `takes_head`, and refuse those that fit half.
 
     Raises:
         InputError: the first parameter that does not fit.
     """
     own = network.state_dict()
     taken = _fit_input(own, weights)
-    taken = {name: value for name, value in taken.items() if name not in _unfit_head(own, taken)}
+    unfit = _unfit_head(own if takes_head else {}, taken)
+    taken = {name: value for name, value in taken.items() if name not in unfit}
     problem = next(_problems(own, taken), None)
     if problem is not None:
         raise InputError(f"{place}: {problem}; expected {_advise(config, weights)}")

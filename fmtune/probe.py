@@ -1,4 +1,4 @@
-"""What trials of a space would take, from a few steps of its cheapest and its dearest configuration."""
+"""What trials of a space would take: weights to start from, and the time of its cheapest and dearest configuration."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fmtune.batches import Batches
 from fmtune.checkpoint import create_preprocess
 from fmtune.config import ResourcesConfig, TrialConfig
-from fmtune.data import TrainingData
+from fmtune.data import TrainingData, weights_folder
 from fmtune.model import count_parameters, create_model
+from fmtune.pretrained import load_pretrained
 from fmtune.space import Space
 from fmtune.training import Training
 
@@ -45,10 +46,28 @@ class Probe:
         return self.epoch_seconds * self.config.epochs
 
 
+def try_weights(space: Space, data: TrainingData) -> list[str]:
+    """Load the starting weights into each network that may want them, before anything is started.
+
+    Returns:
+        What was loaded, left out and newly made, a line for each.
+
+    Raises:
+        InputError: weights can't be had, or don't fit a network.
+    """
+    unfrozen = {"freeze": 0, "unfreeze_epoch": None}
+    wanted = {config.model.model_copy(update=unfrozen) for config in space.samples() if config.model.pretrained}
+    lines = []
+    for model in sorted(wanted, key=repr):
+        network = create_model(model, data.image_shape[0], len(data.classes))
+        lines.append(load_pretrained(network, model, weights_folder(), data.classes).describe())
+    return list(dict.fromkeys(lines))
+
+
 def probe_space(space: Space, data: TrainingData, threads: int) -> tuple[list[Probe], int]:
     """Try the cheapest and the dearest of a sample of configurations; one where all cost the same.
 
-    The cost by which they are picked is arithmetic: operations of a forward pass, times epochs.
+    The cost by which they are picked is arithmetic.
 
     Args:
         space: of the search.
@@ -59,7 +78,7 @@ def probe_space(space: Space, data: TrainingData, threads: int) -> tuple[list[Pr
         The probes, cheapest first, and the largest resident set of this process after them, in bytes.
     """
     configs = list(space.samples())
-    costs = [count_operations(config, data) * config.epochs for config in configs]
+    costs = [count_operations(config, data) for config in configs]
     cheapest, dearest = costs.index(min(costs)), costs.index(max(costs))
     chosen = [configs[cheapest]] if costs[cheapest] == costs[dearest] else [configs[cheapest], configs[dearest]]
     torch.set_num_threads(threads)
@@ -68,19 +87,25 @@ def probe_space(space: Space, data: TrainingData, threads: int) -> tuple[list[Pr
 
 
 def count_operations(config: TrialConfig, data: TrainingData) -> int:
-    """Floating-point operations of a forward pass of one image, in convolutions and linear layers."""
+    """Floating-point operations of a whole training on each of its images, in convolutions and linear layers.
+
+    A layer's two gradients take as much each as its forward pass; a frozen one has none.
+    """
     channels = config.model.channels or data.image_shape[0]
     height, width = data.image_shape[1:]
     if data.pixels.resize is not None:
         scale = data.pixels.resize / min(height, width)
         height, width = round(height * scale), round(width * scale)
+    thaw = config.model.unfreeze_epoch
+    frozen_epochs = config.epochs if thaw is None else min(config.epochs, thaw - 1)
     operations = 0
 
     def count(layer: nn.Module, _: object, output: Tensor) -> None:
         nonlocal operations
         assert isinstance(layer, nn.Conv2d | nn.Linear)
+        trained = config.epochs - (0 if layer.weight.requires_grad else frozen_epochs)
         # A product and a sum for each weight, at each place of the output's map.
-        operations += 2 * layer.weight.numel() * output[0, 0].numel()
+        operations += 2 * layer.weight.numel() * output[0, 0].numel() * (config.epochs + 2 * trained)
 
     # One image passes for real: torch's counter and its meta device take over two seconds to import, at each start.
     network = create_model(config.model, channels, len(data.classes)).eval()

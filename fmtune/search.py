@@ -15,12 +15,11 @@ from rich.console import Console
 from fmtune.board import Board
 from fmtune.choice import Choice, Chooser
 from fmtune.context import RunContext
-from fmtune.data import TrainingData, load_training_data, weights_folder
+from fmtune.data import TrainingData, load_training_data
 from fmtune.errors import DataError, FmtuneError, InputError, RunFailed, RunFolderError, SpaceError, first_line
 from fmtune.explore import Exploration, rank
 from fmtune.memory import Source, place_sources
-from fmtune.model import create_model
-from fmtune.pretrained import load_pretrained
+from fmtune.probe import try_weights
 from fmtune.report import write_report
 from fmtune.result import RunResult
 from fmtune.room import check_room, count_slots, whole_machine
@@ -164,7 +163,7 @@ def run_space(
         _check_storage(space.storage, path)
     data = load_training_data(space.data)
     _check_channels(space, data)
-    weights = _try_weights(space, data)
+    weights = try_weights(space, data)
     trackers = connect_trackers(space.logging)
     # A Ray that somebody else uses too has no room to take whole.
     is_own = address is None and not ray.is_initialized()
@@ -285,23 +284,6 @@ def _check_channels(space: Space, data: TrainingData) -> None:
                 f"trial.model.channels: {config.model.channels}; the images have {channels}, and only grey ones can be "
                 "repeated; leave it null"
             )
-
-
-def _try_weights(space: Space, data: TrainingData) -> list[str]:
-    """Load the starting weights into each network that may want them, before anything is started.
-
-    Returns:
-        What was loaded, left out and newly made, a line for each.
-
-    Raises:
-        InputError: weights can't be had, or don't fit a network.
-    """
-    wanted = {config.model.model_copy(update={"freeze": 0}) for config in space.samples() if config.model.pretrained}
-    lines = []
-    for model in sorted(wanted, key=repr):
-        network = create_model(model, data.image_shape[0], len(data.classes))
-        lines.append(load_pretrained(network, model, weights_folder()).describe())
-    return list(dict.fromkeys(lines))
 
 
 def _choose(context: RunContext, timing: Timing, is_own: bool) -> Choice:

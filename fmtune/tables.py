@@ -14,9 +14,12 @@ from fmtune.describe import Description
 from fmtune.run import RunFolder
 from fmtune.view import format_seconds
 
+_MATRIX_CLASSES = 20
+"""Classes of a confusion matrix that a terminal has room for."""
+
 
 def print_evaluation(console: Console, measured: dict[str, Any]) -> None:
-    """Accuracy with its interval, and a line a class."""
+    """Accuracy with its interval, a line a class, and the confusion matrix of up to `_MATRIX_CLASSES` of them."""
     low, high = measured["interval"]
     _print(console, f"accuracy  {measured['accuracy']:.4f}  (95% interval {low:.4f} to {high:.4f})")
     _print(console, f"loss      {measured['loss']:.4f}")
@@ -25,6 +28,15 @@ def print_evaluation(console: Console, measured: dict[str, Any]) -> None:
         ratios = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("precision", "recall", "f1"))
         table.add_row(str(row["label"]), Text(row["name"]), f"{row['images']:,}", *ratios)
     console.print(table)
+    if len(measured["per_class"]) > _MATRIX_CLASSES:
+        _print(console, "\nconfusion matrix: by --json")
+        return
+    _print(console, "\nimages of each class (a line), by the class that they were taken for (a column)")
+    labels = [str(row["label"]) for row in measured["per_class"]]
+    matrix = _create_table("label", *labels)
+    for label, counts in zip(labels, measured["confusion"], strict=True):
+        matrix.add_row(label, *(f"{count:,}" for count in counts))
+    console.print(matrix)
 
 
 def print_description(console: Console, description: Description) -> None:

@@ -27,7 +27,7 @@ from fmtune.batches import Batches, place_images
 from fmtune.checkpoint import create_preprocess, load_training, save_training
 from fmtune.collectives import trim_transfers
 from fmtune.config import ResourcesConfig, TrialConfig
-from fmtune.data import TrainingData, to_arrow, weights_folder
+from fmtune.data import Classes, TrainingData, to_arrow, weights_folder
 from fmtune.errors import FmtuneError
 from fmtune.failures import DEATHS
 from fmtune.model import Pixels, create_model
@@ -96,7 +96,7 @@ class SharedData:
     train_rows: NDArray[np.int64]
     validation_rows: NDArray[np.int64]
     pixels: Pixels
-    classes: int
+    classes: Classes
 
     @classmethod
     def of(cls, data: TrainingData) -> SharedData:
@@ -107,7 +107,7 @@ class SharedData:
         else:
             dataset = ray.data.from_arrow(to_arrow(data.images, data.labels))
         key = f"{data.loaded.key}-{len(data.images)}"
-        return cls(key, dataset, data.train_rows, data.validation_rows, data.pixels, len(data.classes))
+        return cls(key, dataset, data.train_rows, data.validation_rows, data.pixels, data.classes)
 
 
 def create_task(seed: int, number: int, config: TrialConfig, resume_from: str | None = None) -> Task:
@@ -244,9 +244,9 @@ def create_training(
     train = Batches(images, labels, torch.tensor(rows, device=place), rank, workers)
     validation = replace(train, rows=torch.tensor(shared.validation_rows, device=place))
     torch.manual_seed(task.seed)
-    network = create_model(config.model, shared.pixels.channels, shared.classes)
+    network = create_model(config.model, shared.pixels.channels, len(shared.classes))
     if config.model.pretrained is not None and state is None:
-        load_pretrained(network, config.model, weights_folder())
+        load_pretrained(network, config.model, weights_folder(), shared.classes)
     return Training(
         network.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
         create_preprocess(config, shared.pixels).to(device),

@@ -17,11 +17,14 @@ import jsonschema
 import optuna
 import pyarrow.csv as pacsv
 import pytest
+import torch
 from PIL import Image
 from ruamel.yaml import YAML
 from tables import sample_rows, write_csv
 
 import fmtune.cli
+from fmtune.config import ModelConfig
+from fmtune.model import create_model
 
 SPACES = Path(__file__).parent.parent / "search_spaces"
 TINY = """\
@@ -107,7 +110,12 @@ def test_evaluate_prints_json_with_the_contracts_keys(
 
 def test_evaluate_finds_a_run_by_its_name(run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main("evaluate", "one", "--data", folder / "train.csv", "--runs", run.parent) == 0
-    assert capsys.readouterr().out.startswith("accuracy  0.")
+    out = capsys.readouterr().out
+    assert out.startswith("accuracy  0.")
+    # The confusion matrix: ten lines of a label and ten counts, twenty images each.
+    matrix = [[int(cell) for cell in line.split()] for line in out.splitlines()[-10:]]
+    assert [row[0] for row in matrix] == list(range(10))
+    assert [sum(row[1:]) for row in matrix] == [20] * 10
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
@@ -196,6 +204,13 @@ def test_a_dry_run_starts_nothing(folder: Path, capsys: pytest.CaptureFixture[st
     assert re.search(r"fits       \d+ trainings to the last epoch", out)
     assert re.search(r"disk       \d+ MiB of checkpoints at most", out)
     assert not (folder / "dry").exists()
+
+
+def test_a_dry_run_refuses_weights_that_the_run_would_refuse(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(create_model(ModelConfig(width=8), 1, 10).state_dict(), folder / "wide.pth")
+    options = ["--dry-run", "--set", f"trial.model.pretrained={folder / 'wide.pth'}"]
+    assert _main("search", folder / "tiny.yaml", "--runs", folder / "dry", *options) == 2
+    assert "expected trial.model.width: 8" in capsys.readouterr().err
 
 
 def test_a_dry_run_without_the_gpu_that_trials_want_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

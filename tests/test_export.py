@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional
 
 from fmtune.checkpoint import create_preprocess, save_model
 from fmtune.classifier import TrainedModel
@@ -29,6 +30,7 @@ SETTINGS: dict[str, tuple[Pixels, dict[str, Any]]] = {
     "grey": (GREY, {}),
     "grey repeated": (GREY, {"model": {"channels": 3}}),
     "colour": (COLOUR, {}),
+    "resized": (Pixels(1, (0.286,), (0.353,), resize=16), {}),
     "not normalised": (COLOUR, {"normalize": False}),
     "bottlenecks, stacked head": (COLOUR, {"model": {"depth": 50, "head": "stack", "stem": "imagenet"}}),
 }
@@ -72,6 +74,8 @@ def _expected_logits(model: TrainedModel, images: Tensor) -> Tensor:
     used = model.pixels if model.config.normalize else Pixels.unit(model.pixels.channels)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (used.mean, used.std))
     x = (images.double() / 255 - mean) / std
+    if used.resize is not None:
+        x = functional.resize(x, [used.resize], antialias=True)
     logits: Tensor = model.network.double()(x.repeat(1, 3 // x.shape[1] if model.config.model.channels else 1, 1, 1))
     model.network.float()
     assert logits.std() > 0.01

@@ -195,6 +195,22 @@ def test_freeze_without_pretrained_weights_is_refused() -> None:
         ModelConfig(freeze=2)
 
 
+def test_thawing_what_is_not_frozen_is_refused() -> None:
+    with pytest.raises(ValidationError, match="set freeze, or unfreeze_epoch to null"):
+        ModelConfig(pretrained="imagenet", unfreeze_epoch=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("freeze", range(6))
+def test_nothing_is_propagated_back_through_frozen_stages(freeze: int) -> None:
+    """What they give needs no gradient, and so autograd keeps nothing of them."""
+    network = create_model(ModelConfig(width=4, pretrained="imagenet", freeze=freeze), 1, 3).train()
+    with torch.enable_grad():
+        x = network.forward_stages(_random_images(4, 1, 16, 16), 0, freeze)
+        assert not x.requires_grad
+        assert network(x, first=freeze).requires_grad
+
+
 @torch.no_grad()
 def test_frozen_batch_norm_uses_its_statistics_in_training_too() -> None:
     """Property: with all of the backbone frozen, training and evaluation give the same logits."""

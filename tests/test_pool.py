@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 from ray.util import placement_group_table
+from safetensors.torch import save_file
 from tables import sample_rows, write_csv
 
 from fmtune import search
+from fmtune.checkpoint import load_weights
 from fmtune.config import AugmentConfig, DataConfig, ModelConfig, ResourcesConfig, TrialConfig
 from fmtune.data import load_training_data
+from fmtune.model import create_model
 from fmtune.training import EpochMetrics
 from fmtune.trial import SharedData, Task, create_training
 from fmtune.tuner import TaskRounds, Until, run_trials
@@ -118,6 +121,22 @@ def test_two_workers_train_as_one_does(shared: SharedData, tmp_path: Path) -> No
     alone = create_training(task, shared, torch.device("cpu"), rank=0, workers=1, distribute=None)
     loss = alone.run_epoch().train_loss
     assert watcher.losses["task0"][0] == pytest.approx(loss, abs=1e-3)
+
+
+def test_two_workers_keep_frozen_stages_until_they_thaw(shared: SharedData, tmp_path: Path) -> None:
+    start = {name: value.clone() for name, value in create_model(ModelConfig(width=4), 1, 10).state_dict().items()}
+    save_file(start, tmp_path / "start.safetensors")
+    frozen = ModelConfig(width=4, pretrained=str(tmp_path / "start.safetensors"), freeze=2)
+    models = [frozen, frozen.model_copy(update={"unfreeze_epoch": 2})]
+    watcher = _Watcher()
+    _run(shared, watcher, tmp_path, [CONFIG.model_copy(update={"epochs": 2, "model": model}) for model in models])
+    assert watcher.causes == dict.fromkeys(("task0", "task1"))
+    kept, thawed = (load_weights(Path(watcher.checkpoints[name])) for name in ("task0", "task1"))
+    for name in start:
+        if name.split(".")[0] in ("conv1", "bn1", "layer1") and not name.endswith("num_batches_tracked"):
+            assert torch.equal(kept[name], start[name]), name
+            assert not torch.equal(thawed[name], start[name]), name
+    assert not torch.equal(kept["layer4.0.conv1.weight"], start["layer4.0.conv1.weight"])
 
 
 @pytest.mark.parametrize("is_training", [False, True])

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -14,11 +16,12 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fmtune.checkpoint import create_preprocess, save_model
+from fmtune.checkpoint import create_preprocess, load_model, save_model
 from fmtune.classifier import TrainedModel
 from fmtune.config import ModelConfig, TrialConfig
 from fmtune.data import Classes
 from fmtune.errors import InputError
+from fmtune.export import describe_export
 from fmtune.model import Pixels, Preprocess, ResNet, create_model
 from fmtune.pretrained import LoadReport, check_pretrained, imagenet_pixels, load_pretrained
 
@@ -194,6 +197,32 @@ def test_earlier_run_gives_its_logits(tmp_path: Path, folder: str) -> None:
     assert torch.equal(network(images), source(images))
     assert report.made_new == ()
     assert not next(network.layer4.parameters()).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+@pytest.mark.parametrize(
+    ("labels", "names", "is_taken"),
+    [((0, 1, 2), ("0", "1", "2"), True), ((5, 6, 7), ("5", "6", "7"), False), ((0, 1, 2), ("a", "b", "c"), False)],
+)
+def test_head_of_other_classes_stays_new_though_they_are_as_many(
+    tmp_path: Path, kind: str, labels: tuple[int, ...], names: tuple[str, ...], is_taken: bool
+) -> None:
+    """Where it is known what the weights tell apart: a run's folder says so, and the file beside an export."""
+    place = tmp_path
+    source = _save_run(tmp_path, 1, {"stem": "small"})
+    if kind == "export":
+        place = tmp_path / "w.safetensors"
+        save_file(source.state_dict(), place)
+        described = describe_export(load_model(tmp_path / "best"), "safetensors")
+        (tmp_path / "w.safetensors.json").write_text(json.dumps(described), encoding="utf-8")
+    config = ModelConfig(width=4, stem="small", pretrained=str(place))
+    torch.manual_seed(7)
+    network = create_model(config, 1, 3)
+    new = network.fc.weight.clone()
+    report = load_pretrained(network, config, tmp_path, Classes(labels, names))
+    assert set(report.made_new) == set(report.left_out) == set(() if is_taken else HEAD)
+    assert torch.equal(network.fc.weight, source.fc.weight if is_taken else new)
+    assert torch.equal(network.conv1.weight, source.conv1.weight)
 
 
 @torch.no_grad()
@@ -464,6 +493,15 @@ def test_safetensors_file_cut_short_is_refused(tmp_path: Path, weights: dict[str
 def test_loading_without_pretrained_is_a_programmers_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to load"):
         load_pretrained(create_model(ModelConfig(), 1, 2), ModelConfig(), tmp_path)
+
+
+def test_published_weights_get_their_own_normalisation() -> None:
+    """At the size that is asked for; without normalising, pixels stay as they are."""
+    pixels = Pixels(1, (0.2,), (0.3,), resize=64)
+    config = TrialConfig(model=ModelConfig(channels=3, pretrained="imagenet"))
+    assert create_preprocess(config, pixels).pixels == replace(imagenet_pixels(3), resize=64)
+    plain = config.model_copy(update={"normalize": False})
+    assert create_preprocess(plain, pixels).pixels == Pixels.unit(1, 64)
 
 
 def test_imagenet_pixels_normalise_as_torchvision_does() -> None:

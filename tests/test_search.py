@@ -423,7 +423,7 @@ def test_a_training_is_one_trial_without_a_baseline(ray_cluster: None, source: P
 def test_a_training_may_validate_on_the_test_split(ray_cluster: None, source: Path, tmp_path: Path) -> None:
     """All rows are trained on, and validation and test accuracy are of the same images."""
     test = write_csv(tmp_path / "test.csv", sample_rows("test", 20))
-    data = {"train": str(source), "test": str(test), "validation": "test"}
+    data = {"train": str(source), "test": str(test), "validation": "test", "resize": 32}
     found = train({"data": data, "trial": TINY | {"precision": "fp32"}}, name="on-test", runs=tmp_path)
     assert found.summary["images_trained"] == 3 * 400
     assert found.summary["dataset"]["validation"] == 200
@@ -529,12 +529,13 @@ def test_what_no_trial_could_have_is_refused(ray_cluster: None, source: Path, tm
 
 
 def test_a_training_starts_from_weights_with_stages_frozen(
-    ray_cluster: None, result: RunResult, source: Path, tmp_path: Path
+    ray_cluster: None, result: RunResult, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the head alone in training, all else is bit for bit what the run of that name ended with."""
+    """With the head alone in training, all else is bit for bit what the run of that name ended with, and it is said."""
     model = TINY["model"] | {"pretrained": "four", "freeze": 5}
     space = {"data": {"train": str(source), "validation": 0.2}, "trial": TINY | {"model": model}}
     found = train(space, name="frozen", runs=result.folder.path.parent)
     before, after = (load(run.folder.path).network.state_dict() for run in (result, found))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"fc.weight", "fc.bias"}
+    assert f"four: {len(before)} tensors loaded" in capsys.readouterr().out

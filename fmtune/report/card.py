@@ -65,7 +65,11 @@ def _describe_model(run: Run) -> list[str]:
     )
     counts = sum(run.summary["trials"].values())
     how = "Trained" if run.is_single else f"Trial {run.summary['best_trial']} of {plural(counts, 'trial')}, trained"
-    how += f" for {plural(run.config.epochs, 'epoch')}"
+    planned, done = run.config.epochs, run.best.epoch if run.best else 0
+    if run.summary["refit"] or done == planned:
+        how += f" for {plural(planned, 'epoch')}"
+    else:
+        how += f" for {done} of its {plural(planned, 'epoch')}"
     how += ", then once more on training and validation rows together." if run.summary["refit"] else "."
     start = "random weights" if model.pretrained is None else f"the weights {model.pretrained}"
     return [what, f"{how} It started from {start}. Made with fmtune {run.environment['packages']['fmtune']}."]
@@ -190,7 +194,8 @@ def _code(run: Run) -> str:
     return (
         "import fmtune\n\n"
         f"model = fmtune.load({run.name!r})\n"
-        "logits = model.network(model.preprocess(images))  # images: uint8 tensor (N, C, H, W); logits: (N, classes)"
+        "predictions = model.predict(images)  # uint8 (N, C, H, W), or a list of PIL images\n"
+        "predictions.labels, predictions.names, predictions.probabilities"
     )
 
 

@@ -97,7 +97,7 @@ def _draw_loss(run: Run, figure: Figure) -> None:
     axes = _create_axes(figure, "epoch", "loss")
     _plot_curve(axes, epochs, "train_loss", "training", _SECOND, "--")
     _plot_curve(axes, epochs, "val_loss", "validation", _ACCENT, "-")
-    diagnosis = diagnose(epochs)
+    diagnosis = diagnose(epochs, run.config.epochs)
     if diagnosis.kind == "overfitting" and diagnosis.epoch is not None:
         axes.axvline(diagnosis.epoch, color=_INK, linestyle=":", linewidth=1, label="lowest validation loss")
     _add_legend(figure)

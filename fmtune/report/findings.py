@@ -53,8 +53,13 @@ class Diagnosis:
     text: str
 
 
-def diagnose(epochs: Sequence[EpochMetrics]) -> Diagnosis:
-    """Over-fitting: validation loss turned up since its lowest epoch while training loss went on falling."""
+def diagnose(epochs: Sequence[EpochMetrics], planned: int) -> Diagnosis:
+    """Over-fitting: validation loss turned up since its lowest epoch while training loss went on falling.
+
+    Args:
+        epochs: of the training.
+        planned: how many it was to have; it may have been cut short.
+    """
     curve = [(e.val_loss, e) for e in epochs if e.val_loss is not None and math.isfinite(e.val_loss)]
     if len(curve) < 2:
         return Diagnosis("short", None, "Too few epochs were validated to tell over-fitting from learning.")
@@ -63,7 +68,10 @@ def diagnose(epochs: Sequence[EpochMetrics]) -> Diagnosis:
     if end > _RISE * lowest and last.train_loss < at.train_loss:
         return Diagnosis("overfitting", at.epoch, _describe_overfitting(at, last, lowest, end))
     if at is last and lowest < _FALL * min(value for value, _ in curve[:-1]):
-        text = "Validation loss was still falling at the last epoch: more epochs (trial.epochs) may do better."
+        more = "more epochs (trial.epochs)"
+        if last.epoch < planned:
+            more = f"it had {last.epoch} of its {planned} epochs, and more time (search.time)"
+        text = f"Validation loss was still falling at the last epoch: {more} may do better."
         return Diagnosis("learning", at.epoch, text)
     return Diagnosis("level", at.epoch, "No over-fitting: validation loss stays near its lowest to the end.")
 
@@ -140,7 +148,9 @@ def describe_caveats(run: Run, gain: Gain) -> list[str]:
         chose = ", by which the search chose" if run.metric == "val_accuracy" and not run.is_single else ""
         texts.append(f"Validation accuracy{chose}: {percent(summary['val_accuracy'])}.")
     reference = summary["baseline"]
-    if reference and reference["epochs"] < reference["of_epochs"]:
+    if reference and not reference["epochs"]:
+        texts.append("The baseline had no time to finish an epoch, so there is nothing to compare the result with.")
+    elif reference and reference["epochs"] < reference["of_epochs"]:
         done = f"{reference['epochs']} of its {reference['of_epochs']} epochs"
         texts.append(f"The baseline had time for {done} only, so the gain is partly one of training longer.")
     if summary["outlook"]:

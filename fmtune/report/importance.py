@@ -11,6 +11,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from fmtune.ranges import Choice, Range
 from fmtune.report.read import Run, Trial
+from fmtune.report.words import plural
 
 MIN_TRIALS = 10
 """Fewer say more about chance than about parameters."""
@@ -32,7 +33,8 @@ def measure_importance(run: Run) -> Importance:
     """
     epoch, compared = _find_common_epoch(run)
     if epoch is None:
-        reason = f"{len(compared)} searched trials came to a value, and fewer than {MIN_TRIALS} say more about chance."
+        came = f"{plural(len(compared), 'searched trial')} came to a value"
+        reason = f"{came}, and fewer than {MIN_TRIALS} say more about chance."
         return Importance({}, f"Parameter importance is missing: {reason}")
     values = [value for _, value in compared]
     if min(values) == max(values):

@@ -37,14 +37,24 @@ const base = {
   legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
 };
 
-function draw() {
+function drawPlot(id, figure) {
   const colors = getComputedStyle(document.documentElement);
-  for (const [id, figure] of Object.entries(plots)) {
-    const layout = { ...base, ...figure.layout };
-    layout.xaxis = { ...axis, ...figure.layout.xaxis };
-    layout.yaxis = { ...axis, ...figure.layout.yaxis };
-    Plotly.react(id, figure.data.map(addHover).map((trace) => resolve(trace, colors)), resolve(layout, colors), config);
+  const layout = { ...base, ...figure.layout };
+  layout.xaxis = { ...axis, ...figure.layout.xaxis };
+  layout.yaxis = { ...axis, ...figure.layout.yaxis };
+  Plotly.react(id, figure.data.map(addHover).map((trace) => resolve(trace, colors)), resolve(layout, colors), config);
+}
+
+// One after the other from the top, so that the page can be read and scrolled meanwhile.
+function draw() {
+  const waiting = Object.entries(plots);
+  function drawNext() {
+    const next = waiting.shift();
+    if (next === undefined) return;
+    drawPlot(...next);
+    setTimeout(drawNext);
   }
+  drawNext();
 }
 
 draw();

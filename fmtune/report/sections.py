@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from fmtune.report import plots
@@ -101,7 +101,7 @@ def _create_curves(run: Run) -> Section:
     epochs = run.best.epochs if run.best else []
     if not epochs:
         return Section("curves", title, [Text("No epoch of this trial was recorded.")])
-    diagnosis = diagnose(epochs)
+    diagnosis = diagnose(epochs, run.config.epochs)
     is_warning = diagnosis.kind == "overfitting"
     parts: list[Part] = [Text(diagnosis.text, "warning" if is_warning else "verdict")]
     if run.summary["refit"]:
@@ -156,6 +156,8 @@ def _commands_again(run: Run) -> str:
     given = ["fmtune"] if PurePath(program).name in ("fmtune", "__main__.py", "cli.py") else ["python", program]
     verb = "train" if run.is_single else "search"
     resolved = ["fmtune", verb, str(run.folder.space), "--name", f"{run.name}-again"]
+    if run.folder.path.parent != Path("runs"):
+        resolved += ["--runs", str(run.folder.path.parent)]
     return f"{shlex.join([*given, *arguments])}\n{shlex.join(resolved)}"
 
 

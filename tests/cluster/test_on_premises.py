@@ -109,6 +109,16 @@ def test_a_search_runs_on_several_hosts_and_its_run_folder_is_fetched(cluster: C
     assert len({address for addresses in hosts.values() for address in addresses}) > 1
 
 
+def test_what_lies_on_the_head_alone_is_predicted_on_all_hosts(cluster: Cluster) -> None:
+    """Each prediction names the hosts of its readers and predictors in Ray's record of tasks."""
+    head = cluster.nodes["head"]
+    output = head.run(
+        "cp -r ~/fmtune/fmtune/datasets/sample here;"
+        " fmtune predict photos here/t10k-images-idx3-ubyte.gz -o out.csv --address auto; wc -l < out.csv"
+    )
+    assert output.split()[-1] == "1001"
+
+
 def test_fmtune_is_the_one_that_was_synced(cluster: Cluster) -> None:
     """pip has built it on each host; what is in the tests' own Python does not count."""
     for host in cluster.nodes.values():

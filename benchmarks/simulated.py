@@ -269,7 +269,7 @@ WAYS: dict[str, Way] = {
     "with finalists": Way(create_tpe, _even_plan, finalists=True),
     "prior weight 1": Way(_tpe(1.0), _even_plan),
     "prior weight 2": Way(_tpe(2.0), _even_plan),
-    "prior weight 5": Way(_tpe(5.0), _even_plan),
+    "prior weight 10": Way(_tpe(10.0), _even_plan),
     "first trials drawn apart": Way(create_tpe, _random_plan),
     "without early stopping": Way(create_tpe, _even_plan, stops=False),
     "random, without early stopping": Way(lambda seed: optuna.samplers.RandomSampler(seed=seed), stops=False),

@@ -18,7 +18,7 @@ PartOf = Callable[[optuna.Study], optuna.Study]
 """What of a study a sampler is to see."""
 STARTUP_TRIALS = 8
 """Random trials before a sampler models what it has seen."""
-_PRIOR_TRIALS = 3.0
+_PRIOR_TRIALS = 5.0
 """Trials that TPE's even prior weighs as much as: with one, its default, a search keeps to what its first trials found,
 and random draws do better (`benchmarks/README.md`)."""
 _MODELLED = 300

@@ -120,7 +120,8 @@ def test_rows_come_back_from_ray_in_order(
     """Every fifth picture takes far longer to decode than the others, each of which is a block of its own."""
     monkeypatch.setattr("fmtune.pieces.BLOCK_BYTES", 784)
     for i, image in enumerate(sample_rows("test", 2).images[:, 0]):
-        Image.fromarray(image).resize((5000, 5000) if i % 5 == 0 else (28, 28)).save(tmp_path / f"{i:02d}.png")
+        side, ending = 5000 if i % 5 == 0 else 28, "jpg" if i % 2 else "png"
+        Image.fromarray(image).resize((side, side)).save(tmp_path / f"{i:02d}.{ending}")
     files = find_pictures(str(tmp_path))
     assert predict(run, tmp_path, tmp_path / "out.parquet", address="auto") == 20
     _assert_rows(

@@ -329,6 +329,12 @@ def test_run_that_the_time_cut_short_says_so(tmp_path: Path) -> None:
     assert "3 searched trials came to a value" in content
 
 
+def test_plots_over_parameters_want_some_trials(tmp_path: Path) -> None:
+    content = write_page(create_run(tmp_path / "run", trials=2))
+    assert "Plots over the parameters are missing: 1 searched trial came to a value" in content
+    assert not {"parallel-plot", "slice-0"} & set(figures_of(content)["plots"])
+
+
 @pytest.mark.parametrize("overfit", [True, False])
 def test_overfitting_is_named_exactly_where_it_is(tmp_path: Path, overfit: bool) -> None:
     content = write_page(create_run(tmp_path / "run", overfit=overfit))

@@ -400,6 +400,6 @@ def test_tensorboard_compares_the_searched_values_by_val_accuracy(tracked: RunRe
             "optim.lr": trials.loc[number, "params.optim.lr"],
         }
         assert metrics == ["ray/tune/val_accuracy", "ray/tune/val_loss"]
-        assert scalars["ray/tune/val_accuracy"] == pytest.approx(
-            [row["val_accuracy"] for row in _history(tracked, number).values()]
-        )
+        for name in ("train_loss", "val_loss", "val_accuracy", "learning_rate"):
+            history = [row[name] for row in _history(tracked, number).values()]
+            assert scalars[f"ray/tune/{name}"] == pytest.approx(history)

@@ -13,7 +13,7 @@ from fmtune.board import Board, Capacity, Flight
 from fmtune.config import TrialConfig
 from fmtune.run import TrialRecord
 from fmtune.training import EpochMetrics
-from fmtune.view import draw_board, draw_sparkline
+from fmtune.view import create_view, draw_board, draw_sparkline
 
 EPOCHS = 12
 ENDS = [(0, 0.75), (2, 0.61), (1, 0.8125), (4, 0.8), (5, 0.91), (3, 0.5)]
@@ -161,3 +161,20 @@ def test_a_long_sparkline_shows_the_last_of_each_share() -> None:
     # The shares end at 13, 27, 41, 56, 70, 84 and 99 of 99, which are 1.2, 2.5, 3.7, 5.1, 6.4, 7.6 and 9 ninths.
     assert heights == [1, 2, 4, 5, 6, 8, 9]
     assert all(low < high for low, high in pairwise(heights))
+
+
+def test_a_terminal_has_the_board_while_it_lasts_and_keeps_what_is_noted() -> None:
+    """In the end the board's lines are erased, and a failure, told above it, stays."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=100, height=24, legacy_windows=False)
+    board = _create_board()
+    with create_view(board, console) as view:
+        view.on_end(board.records[1])
+        view.on_end(board.records[6])
+        shown = file.getvalue()
+        assert "trial 7" in shown and "searching" in shown
+        assert "out of memory" in shown
+        assert "trial 1 complete" not in shown
+        before = len(shown)
+    erase = "\x1b[2K"
+    assert file.getvalue()[before:].count(erase) >= 5

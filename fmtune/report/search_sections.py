@@ -11,6 +11,9 @@ from fmtune.report.importance import measure_importance
 from fmtune.report.read import STATES, Run, Trial
 from fmtune.report.words import NOTHING, decimal, listing, percent, plural, scalar
 
+_MIN_TRIALS = 3
+"""Fewer make no line, and no pattern."""
+
 
 def create_history(run: Run) -> Section:
     """Every trial's value, failures and all."""
@@ -55,8 +58,13 @@ def create_parameters(run: Run) -> Section:
     if not run.space.ranges:
         text = "Every value of the space is fixed, so there are no parameters to compare."
         return Section("parameters", "Parameters", [Text(text)])
-    parts: list[Part] = [Heading("Importance"), _importance(run), *_parallel(run), *_slices(run)]
-    return Section("parameters", "Parameters", parts)
+    parts: list[Part] = [Heading("Importance"), _importance(run)]
+    measured = sum(run.value(trial) is not None for trial in run.searched)
+    if measured < _MIN_TRIALS:
+        came = f"{plural(measured, 'searched trial')} came to a value"
+        parts.append(Text(f"Plots over the parameters are missing: {came}, and fewer than {_MIN_TRIALS} show nothing."))
+        return Section("parameters", "Parameters", parts)
+    return Section("parameters", "Parameters", [*parts, *_parallel(run), *_slices(run)])
 
 
 def _importance(run: Run) -> Part:

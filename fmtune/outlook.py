@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Outlook:
     trials: int
 
 
-def look_ahead(values: Sequence[float], limit: float, seed: int = 0) -> Outlook | None:
+def look_ahead(values: Sequence[float], limit: float, best: float | None = None, seed: int = 0) -> Outlook | None:
     """The outlook of a search whose trials came to `values`; more is better.
 
     The expected best of k of the n trials, drawn without replacement, is known for every k up to n (Dodge et al.,
@@ -44,8 +45,9 @@ def look_ahead(values: Sequence[float], limit: float, seed: int = 0) -> Outlook 
     quarter, half and all of the trials. The interval is the bootstrap's. A sampler that still learns does better.
 
     Args:
-        values: of all trials that were measured.
+        values: of all trials that were drawn and measured.
         limit: what no value can exceed, such as 1 for an accuracy.
+        best: what there is to gain on, where a trial that was not drawn is ahead of all that were.
         seed: of the bootstrap.
 
     Returns:
@@ -55,10 +57,23 @@ def look_ahead(values: Sequence[float], limit: float, seed: int = 0) -> Outlook 
         return None
     measured = np.asarray(values, dtype=np.float64)
     samples = np.random.default_rng(seed).choice(measured, size=(_RESAMPLES, len(measured)))
-    room = max(0.0, limit - max(values))
-    gains = [min(room, _extrapolate(sample)) for sample in samples]
+    behind = 0.0 if best is None else max(0.0, best - max(values))
+    room = max(0.0, limit - max(values) - behind)
+    gain, *gains = (min(room, max(0.0, _extrapolate(sample) - behind)) for sample in (measured, *samples))
     low, high = np.quantile(gains, [0.025, 0.975])
-    return Outlook(min(room, _extrapolate(measured)), float(low), float(high), len(values))
+    return Outlook(gain, float(low), float(high), len(values))
+
+
+def project_error(errors: Sequence[float], whole: Sequence[Sequence[float]]) -> float:
+    """The error that a training would have ended with, had it not been stopped, by how those went on that were not.
+
+    Args:
+        errors: after each of its epochs.
+        whole: the same of trainings that came to their end; with none the error stays as it is.
+    """
+    at = len(errors) - 1
+    ratios = [curve[-1] / curve[at] for curve in whole if curve[at] > 0]
+    return errors[-1] * median(ratios) if ratios else errors[-1]
 
 
 def describe_outlook(outlook: Mapping[str, Any]) -> str:

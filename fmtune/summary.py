@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +19,7 @@ from fmtune.choice import Choice, load_trial_model, mean_of
 from fmtune.context import RunContext
 from fmtune.data import has_test_split, load_test_split
 from fmtune.errors import DataError
-from fmtune.outlook import describe_outlook, look_ahead
+from fmtune.outlook import describe_outlook, look_ahead, project_error
 from fmtune.paired import compare_paired, describe_chance
 from fmtune.predict import Measured, evaluate_model, wilson_interval
 from fmtune.run import RunFolder, TrialRecord
@@ -93,7 +94,7 @@ def _summarise(context: RunContext, choice: Choice) -> dict[str, Any]:
         "finalists": [_describe_finalist(number, results) for number, results in choice.finalists.items()],
         "refit": choice.is_refit,
         "front": _describe_front(context),
-        "outlook": _look_ahead(board),
+        "outlook": _look_ahead(board, len(context.space.search.tries)),
         "broken_off": board.broken_off,
         "failures": [
             {"trial": record.number, "cause": record.cause, "config": record.config.model_dump(mode="json")}
@@ -135,12 +136,30 @@ def _describe_baseline(record: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _look_ahead(board: Board) -> dict[str, Any] | None:
-    """What as many trials again would bring, by those drawn from the space; None where they are too few."""
-    drawn = [r for r in board.records.values() if r.state != "failed" and not (board.has_baseline and r.number == 0)]
-    values = [value for r in drawn if (value := board.value(r)) is not None and math.isfinite(value)]
-    sign, limit = (1, 1.0) if board.larger else (-1, 0.0)
-    outlook = look_ahead([sign * value for value in values], limit)
+def _look_ahead(board: Board, tried: int) -> dict[str, Any] | None:
+    """What as many trials again would bring, by those drawn from the space; None where they are too few.
+
+    The first `tried` are no draws. One that was stopped early counts by what it would have come to, at most the best.
+    """
+    curves: dict[int, list[float]] = {}
+    whole: defaultdict[int, list[list[float]]] = defaultdict(list)
+    for record in board.records.values():
+        values = [metrics.as_dict()[board.metric] for metrics in record.history]
+        errors = [
+            (1 - value if board.larger else value) for value in values if value is not None and math.isfinite(value)
+        ]
+        if record.state == "failed" or len(errors) < max(1, len(values)) or (board.has_baseline and record.number == 0):
+            continue
+        curves[record.number] = errors
+        if record.state == "complete":
+            whole[record.config.epochs].append(errors)
+    best = min((errors[-1] for errors in curves.values()), default=0.0)
+    ends = [
+        max(best, project_error(errors, whole[board.records[number].config.epochs]))
+        for number, errors in curves.items()
+        if number > tried
+    ]
+    outlook = look_ahead([-end for end in ends], limit=0.0, best=-best)
     return None if outlook is None else {"metric": board.metric} | asdict(outlook)
 
 

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from fmtune.outlook import MIN_VALUES, _expected_best, describe_outlook, look_ahead
+from fmtune.outlook import MIN_VALUES, _expected_best, describe_outlook, look_ahead, project_error
 
 STUDIES = 300
 
@@ -91,3 +91,21 @@ def test_expected_best_is_the_mean_over_all_choices() -> None:
 def test_outlook_is_said_in_the_metrics_own_unit(metric: str, words: str) -> None:
     said = describe_outlook({"metric": metric, "gain": 0.0042, "low": 0.0, "high": 0.01, "trials": 30})
     assert said.startswith("30 more trials would ") and words in said
+
+
+def test_what_is_ahead_of_all_draws_leaves_less_to_gain() -> None:
+    """A configuration to start with may be better than anything that is drawn for a long time."""
+    values = _draw("normal", 40, np.random.default_rng(3))
+    alone = look_ahead(values, limit=1.0)
+    near, far = (look_ahead(values, limit=1.0, best=max(values) + ahead) for ahead in (0.002, 0.5))
+    assert alone is not None and near is not None and far is not None
+    assert near.gain == pytest.approx(alone.gain - 0.002)
+    assert far.gain == far.high == 0.0
+
+
+def test_a_stopped_training_is_projected_by_those_that_went_on() -> None:
+    """After two epochs others halved their error, or brought it to a third, until the end: the median of both."""
+    whole = [[0.5, 0.4, 0.3, 0.2], [0.6, 0.3, 0.2, 0.1]]
+    assert project_error([0.4, 0.24], whole) == pytest.approx(0.24 * (1 / 2 + 1 / 3) / 2)
+    assert project_error([0.4, 0.24], []) == 0.24
+    assert project_error([0.5, 0.4, 0.3, 0.2], whole) == pytest.approx(0.2)

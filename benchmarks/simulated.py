@@ -22,6 +22,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,17 @@ import optuna
 import torch
 from numpy.typing import NDArray
 from optuna.trial import TrialState
+from search import EPOCHS, load_space
 from training import fit_rows
 
 from fmtune.data import load_training_data
 from fmtune.samplers import STARTUP_TRIALS, create_tpe
-from fmtune.space import Space
 
 CURVES = Path(__file__).parent / "curves.json"
-SPACE = Space.load(
-    Path(__file__).parent.parent / "search_spaces" / "default.yaml", ["search.try=[]", "data.fallback=null"]
-)
-EPOCHS, RUNGS, REDUCTION, SLOTS = 5, (1, 3), 3, 2
+SPACE = load_space(seconds=600, seed=0)
+RUNGS, REDUCTION, SLOTS = (1, 3), 3, 2
 START, CLOSING, PHASE = 12.0, 12.0, 8.0
 """Seconds until the first trial begins; of the end; of a phase beside training."""
-TWO_THREADS = 1.25
-"""How much faster both cores train one network than one of them does."""
 BASELINE_SECONDS = 75.0
 """An epoch of the tutorial's recipe, the baseline; it gets as many as a quarter of the time holds, up to two here."""
 SCATTER = (0.10, 0.06, 0.05, 0.035, 0.02)
@@ -211,7 +208,7 @@ class Search:
             return self._limit - now
         longest = max(trial.whole_seconds for trial in measured)
         finalists = PHASE + longest + PHASE if self._way.finalists and len(measured) > 1 else 0.0
-        return self._limit - now - finalists - PHASE - longest * 10 / 9 - CLOSING
+        return self._limit - now - finalists - _ending(longest)
 
     def _can_begin(self, now: float) -> bool:
         whole = [trial.whole_seconds for trial in self._trials if trial.is_whole]
@@ -228,7 +225,7 @@ class Search:
         found: dict[int, list[float]] = {trial.number: [] for trial in leaders}
         longest = max(trial.whole_seconds for trial in leaders)
         now += PHASE
-        while now + longest + PHASE + longest * 10 / 9 + CLOSING <= self._limit and len(found[leaders[0].number]) < 5:
+        while now + longest + _ending(longest) <= self._limit and len(found[leaders[0].number]) < 5:
             now += longest
             for trial in leaders:
                 assert trial.values is not None
@@ -238,14 +235,9 @@ class Search:
         return max(leaders, key=lambda trial: statistics.fmean(found[trial.number]))
 
 
-def _tpe(prior_weight: float) -> Callable[[int], optuna.samplers.BaseSampler]:
-    def create(seed: int) -> optuna.samplers.BaseSampler:
-        return optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS,
-            prior_weight=prior_weight, warn_independent_sampling=False,
-        )  # fmt: skip
-
-    return create
+def _ending(longest: float) -> float:
+    """Seconds of the refit, of a training that takes so long, and of the end."""
+    return PHASE + longest * 10 / 9 + CLOSING
 
 
 def _cost(config: Any) -> float:
@@ -267,9 +259,9 @@ def _random_plan(seed: int) -> list[Values]:
 WAYS: dict[str, Way] = {
     "fmtune": Way(create_tpe, _even_plan),
     "with finalists": Way(create_tpe, _even_plan, finalists=True),
-    "prior weight 1": Way(_tpe(1.0), _even_plan),
-    "prior weight 2": Way(_tpe(2.0), _even_plan),
-    "prior weight 10": Way(_tpe(10.0), _even_plan),
+    "prior weight 1": Way(partial(create_tpe, prior_weight=1.0), _even_plan),
+    "prior weight 2": Way(partial(create_tpe, prior_weight=2.0), _even_plan),
+    "prior weight 10": Way(partial(create_tpe, prior_weight=10.0), _even_plan),
     "first trials drawn apart": Way(create_tpe, _random_plan),
     "without early stopping": Way(create_tpe, _even_plan, stops=False),
     "random, without early stopping": Way(lambda seed: optuna.samplers.RandomSampler(seed=seed), stops=False),

@@ -290,7 +290,7 @@ class ModelConfig(Config):
     """First epoch that trains the frozen stages too; null keeps them as loaded to the end."""
 
     @model_validator(mode="after")
-    def _freeze_needs_weights(self) -> ModelConfig:
+    def _freezing_has_a_point(self) -> ModelConfig:
         if self.freeze and self.pretrained is None:
             raise ValueError("freeze keeps random weights when pretrained is null; set pretrained, or freeze to 0")
         if self.unfreeze_epoch is not None and not self.freeze:

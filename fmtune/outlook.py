@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -36,7 +37,7 @@ class Outlook:
     trials: int
 
 
-def look_ahead(values: Sequence[float], limit: float, best: float | None = None, seed: int = 0) -> Outlook | None:
+def look_ahead(values: Sequence[float], limit: float, best: float = -math.inf, seed: int = 0) -> Outlook | None:
     """The outlook of a search whose trials came to `values`; more is better.
 
     The expected best of k of the n trials, drawn without replacement, is known for every k up to n (Dodge et al.,
@@ -57,8 +58,8 @@ def look_ahead(values: Sequence[float], limit: float, best: float | None = None,
         return None
     measured = np.asarray(values, dtype=np.float64)
     samples = np.random.default_rng(seed).choice(measured, size=(_RESAMPLES, len(measured)))
-    behind = 0.0 if best is None else max(0.0, best - max(values))
-    room = max(0.0, limit - max(values) - behind)
+    leading = max(best, *values)
+    behind, room = leading - max(values), max(0.0, limit - leading)
     gain, *gains = (min(room, max(0.0, _extrapolate(sample) - behind)) for sample in (measured, *samples))
     low, high = np.quantile(gains, [0.025, 0.975])
     return Outlook(gain, float(low), float(high), len(values))

@@ -90,9 +90,9 @@ def load_pretrained(network: ResNet, config: ModelConfig, cache: Path, classes: 
     """Fill `network` with the weights that `config.pretrained` names; on an error it stays as it is.
 
     The head (`fc`, `head`) stays new where its shapes differ, or where a run or an export says beside its weights that
-    they are of other classes; a file alone does not tell. A first convolution of 3 channels
-    is summed over them for a network of 1, and one of 1 channel is shared out in thirds for a network of 3, so that a
-    grey image and the same image repeated in 3 channels give the same. Nothing but tensors is unpickled.
+    they are of other classes; a file alone does not tell. A first convolution of 3 channels is summed over them for a
+    network of 1, and one of 1 channel is shared out in thirds for a network of 3, so that a grey image and the same
+    image repeated in 3 channels give the same. Nothing but tensors is unpickled.
 
     Args:
         network: made for `config`, on any device.

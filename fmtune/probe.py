@@ -67,7 +67,7 @@ def try_weights(space: Space, data: TrainingData) -> list[str]:
 def probe_space(space: Space, data: TrainingData, threads: int) -> tuple[list[Probe], int]:
     """Try the cheapest and the dearest of a sample of configurations; one where all cost the same.
 
-    The cost by which they are picked is arithmetic.
+    The cost by which they are picked is arithmetic (`count_operations`).
 
     Args:
         space: of the search.

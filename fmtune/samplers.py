@@ -59,11 +59,11 @@ def create_sampler(
     return Planned(plan, number_of, other, part_of)
 
 
-def create_tpe(seed: int) -> optuna.samplers.TPESampler:
+def create_tpe(seed: int, prior_weight: float = _PRIOR_TRIALS) -> optuna.samplers.TPESampler:
     """TPE (Bergstra et al., 2011; Watanabe, 2023, https://arxiv.org/abs/2304.11127) over all values together."""
     return optuna.samplers.TPESampler(
         seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS,
-        prior_weight=_PRIOR_TRIALS, warn_independent_sampling=False,
+        prior_weight=prior_weight, warn_independent_sampling=False,
     )  # fmt: skip
 
 

@@ -141,26 +141,25 @@ def _look_ahead(board: Board, tried: int) -> dict[str, Any] | None:
 
     The first `tried` are no draws. One that was stopped early counts by what it would have come to, at most the best.
     """
-    curves: dict[int, list[float]] = {}
+    searched = [r for r in board.records.values() if not (board.has_baseline and r.number == 0)]
+    curves = [(record, errors) for record in searched if (errors := _errors_of(record, board))]
     whole: defaultdict[int, list[list[float]]] = defaultdict(list)
-    for record in board.records.values():
-        values = [metrics.as_dict()[board.metric] for metrics in record.history]
-        errors = [
-            (1 - value if board.larger else value) for value in values if value is not None and math.isfinite(value)
-        ]
-        if record.state == "failed" or len(errors) < max(1, len(values)) or (board.has_baseline and record.number == 0):
-            continue
-        curves[record.number] = errors
+    for record, errors in curves:
         if record.state == "complete":
             whole[record.config.epochs].append(errors)
-    best = min((errors[-1] for errors in curves.values()), default=0.0)
-    ends = [
-        max(best, project_error(errors, whole[board.records[number].config.epochs]))
-        for number, errors in curves.items()
-        if number > tried
-    ]
+    best = min((errors[-1] for _, errors in curves), default=0.0)
+    drawn = [(record, errors) for record, errors in curves if record.number > tried]
+    ends = [max(best, project_error(errors, whole[record.config.epochs])) for record, errors in drawn]
     outlook = look_ahead([-end for end in ends], limit=0.0, best=-best)
     return None if outlook is None else {"metric": board.metric} | asdict(outlook)
+
+
+def _errors_of(record: TrialRecord, board: Board) -> list[float]:
+    """What is missing to the best possible value after each epoch; none of a trial that failed or was not measured."""
+    values = [metrics.as_dict()[board.metric] for metrics in record.history]
+    if record.state == "failed" or not all(value is not None and math.isfinite(value) for value in values):
+        return []
+    return [1 - value if board.larger else value for value in values if value is not None]
 
 
 def _measure_test(context: RunContext, choice: Choice, summary: dict[str, Any]) -> dict[str, Any]:

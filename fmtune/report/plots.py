@@ -314,8 +314,10 @@ def draw_confusion(names: Sequence[str], confusion: Sequence[Sequence[int]], cho
         ink = {"color": "--ink"}
         trace |= {"text": counts, "texttemplate": "%{text}", "textfont": ink, "showscale": False}
     ticks = {"tickvals": list(range(len(labels))), "ticktext": labels, "showgrid": False}
-    axes = {"xaxis": ticks | {"title": {"text": "predicted", "standoff": 12}, "tickangle": -60}, "yaxis": ticks}
-    axes["yaxis"] = ticks | {"title": {"text": "true", "standoff": 12}, "autorange": "reversed"}
+    axes = {
+        "xaxis": ticks | {"title": {"text": "predicted", "standoff": 12}, "tickangle": -60},
+        "yaxis": ticks | {"title": {"text": "true", "standoff": 12}, "autorange": "reversed"},
+    }
     return _figure([trace], showlegend=False, **axes)
 
 

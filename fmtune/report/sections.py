@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from fmtune.report import plots
@@ -156,7 +156,7 @@ def _commands_again(run: Run) -> str:
     given = ["fmtune"] if PurePath(program).name in ("fmtune", "__main__.py", "cli.py") else ["python", program]
     verb = "train" if run.is_single else "search"
     resolved = ["fmtune", verb, str(run.folder.space), "--name", f"{run.name}-again"]
-    if run.folder.path.parent != Path("runs"):
+    if run.folder.path.parent != PurePath("runs"):
         resolved += ["--runs", str(run.folder.path.parent)]
     return f"{shlex.join([*given, *arguments])}\n{shlex.join(resolved)}"
 

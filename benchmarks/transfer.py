@@ -28,7 +28,7 @@ from fmtune.config import ModelConfig, OptimConfig, TrialConfig
 from fmtune.data import measure_pixels
 from fmtune.datasets import read_named
 from fmtune.model import Pixels, ResNet, create_model
-from fmtune.pretrained import load_pretrained
+from fmtune.pretrained import load_pretrained, read_weights
 from fmtune.training import evaluate, fit
 
 EPOCHS = {20: 60, 100: 30, 500: 12}
@@ -51,7 +51,7 @@ def train(
     torch.manual_seed(seed)
     network = create_model(config.model, 1, 5)
     if config.model.pretrained is not None:
-        load_pretrained(network, config.model, Path("none"))
+        load_pretrained(network, config.model, read_weights(config.model, Path("none")))
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = Batches(torch.tensor(images), torch.tensor(labels), torch.arange(len(images)))
     preprocess = create_preprocess(config, pixels)

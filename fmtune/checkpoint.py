@@ -15,6 +15,7 @@ from fmtune.classifier import TrainedModel
 from fmtune.config import TrialConfig
 from fmtune.data import Classes
 from fmtune.errors import RunFolderError
+from fmtune.files import write_whole
 from fmtune.model import Pixels, Preprocess, create_model
 from fmtune.pretrained import imagenet_pixels
 from fmtune.training import EpochMetrics
@@ -114,10 +115,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON aside and move it into place, so that no reader sees half of it."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    """Write JSON, indented; no reader sees half of it."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:

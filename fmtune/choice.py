@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, variance
-from typing import Protocol
+from typing import Any, Protocol
 
 from fmtune.board import Board, Flight
-from fmtune.checkpoint import create_trained_model, load_weights
+from fmtune.checkpoint import create_trained_model, load_weights, read_json, write_json
 from fmtune.classifier import TrainedModel
 from fmtune.config import FINALIST_ROUNDS, ResourcesConfig
 from fmtune.context import RunContext
@@ -49,6 +49,33 @@ class Choice:
     is_refit: bool
     finalists: Mapping[int, Sequence[EpochMetrics]]
     images_trained: int
+
+
+@dataclass(frozen=True)
+class _Note:
+    """A choice as it is kept: the winner's number, and the checkpoint of the refit if there is one."""
+
+    winner: int
+    finalists: Mapping[int, Sequence[EpochMetrics]]
+    refit: str | None
+    images_trained: int
+
+    def as_json(self) -> dict[str, Any]:
+        finalists = {number: [result.as_dict() for result in results] for number, results in self.finalists.items()}
+        return {
+            "winner": self.winner,
+            "finalists": finalists,
+            "refit": self.refit,
+            "images_trained": self.images_trained,
+        }
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> _Note:
+        finalists = {
+            int(number): [EpochMetrics(**result) for result in results]
+            for number, results in content["finalists"].items()
+        }
+        return cls(content["winner"], finalists, content["refit"], content["images_trained"])
 
 
 @dataclass
@@ -111,9 +138,10 @@ class _Rounds:
     def next_round(self) -> Sequence[Task]:
         self._rounds += 1
         leaders = [record for record in self._leaders if not self.failures(record)]
-        over = self._rounds > FINALIST_ROUNDS or not self._timing.has_round(leaders, is_first=self._rounds == 1)
         # Who is alone has nobody left to be compared with.
-        if over or len(leaders) < 2 or stands_out([self._values(found) for found in self.results().values()]):
+        if len(leaders) < 2 or stands_out([self._values(found) for found in self.results().values()]):
+            return []
+        if self._rounds > FINALIST_ROUNDS or not self._timing.has_round(leaders, is_first=self._rounds == 1):
             return []
         tasks = [self._create_task(record, self._rounds, _task_name(record, self._rounds)) for record in leaders]
         self.outcomes |= {task.name: (task, _Outcome()) for task in tasks}
@@ -175,25 +203,59 @@ class Chooser:
         self._images_trained = 0
 
     def choose(self) -> Choice:
-        """Retrain the leaders, pick one, refit it.
+        """Retrain the leaders, pick one, refit it; what an earlier attempt chose among the same trials stands.
 
         There must be a trial with a result.
         """
+        noted = self._read_note()
+        if noted is None:
+            noted = self._choose_anew()
+            write_json(self._context.folder.choice, {"asked": self._asked()} | noted.as_json())
+        winner = self._context.board.records[noted.winner]
+        return Choice(
+            winner=winner,
+            model=self._refitted_model(winner, noted.refit) if noted.refit else load_trial_model(self._context, winner),
+            is_refit=noted.refit is not None,
+            finalists=noted.finalists,
+            images_trained=noted.images_trained,
+        )
+
+    def _choose_anew(self) -> _Note:
         board = self._context.board
         ranked = rank(list(board.records.values()), board.metric, board.larger)
+        finalists: Mapping[int, Sequence[EpochMetrics]] = {}
         if self._context.objectives is None:
             finalists = self._retrain_finalists(ranked)
             winner = self._pick(ranked, finalists)
         else:
-            finalists, winner = {}, self._pick_of_front(self._context.objectives, ranked)
+            winner = self._pick_of_front(self._context.objectives, ranked)
         refit = self._refit(winner)
-        return Choice(
-            winner=winner,
-            model=self._refitted_model(winner, refit) if refit else load_trial_model(self._context, winner),
-            is_refit=refit is not None,
-            finalists=finalists,
-            images_trained=self._images_trained,
-        )
+        return _Note(winner.number, finalists, refit.checkpoint if refit else None, self._images_trained)
+
+    def _read_note(self) -> _Note | None:
+        """An earlier attempt's choice, if it is of the same trials and what is asked for, or no time is left.
+
+        Without time the leader would be taken as it is, in place of a model that was refitted.
+        """
+        file = self._context.folder.choice
+        if not file.exists():
+            return None
+        content, asked = read_json(file), self._asked()
+        is_of_same = all(content["asked"][key] == asked[key] for key in ("trials", "epochs"))
+        if is_of_same and (content["asked"] == asked or self._timing.search_is_over()):
+            return _Note.of_json(content)
+        return None
+
+    def _asked(self) -> dict[str, float | None]:
+        """What a choice depends on: the trials, of which there are only ever more, and how the search is to end."""
+        records, space = self._context.board.records.values(), self._context.space
+        return {
+            "trials": len(records),
+            "epochs": sum(len(record.history) for record in records),
+            "finalists": space.search.retrained,
+            "refit": space.search.refit,
+            "seconds": space.time_limit,
+        }
 
     def _retrain_finalists(self, ranked: Sequence[TrialRecord]) -> dict[int, list[EpochMetrics]]:
         """What the leaders reach from fresh seeds, by trial number; empty where this is skipped or not finished."""
@@ -311,10 +373,9 @@ class Chooser:
     def _all_pixels(self) -> Pixels:
         return measure_pixels(self._context.data.images, self._context.space.data.resize)
 
-    def _refitted_model(self, winner: TrialRecord, refit: _Outcome) -> TrainedModel:
-        assert refit.checkpoint is not None
+    def _refitted_model(self, winner: TrialRecord, checkpoint: str) -> TrainedModel:
         data = self._context.data
-        with fetch(refit.checkpoint) as folder:
+        with fetch(checkpoint) as folder:
             weights = load_weights(folder)
         return create_trained_model(winner.config, self._all_pixels(), data.classes, data.image_shape, weights)
 

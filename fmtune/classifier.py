@@ -15,10 +15,8 @@ from fmtune.config import TrialConfig
 from fmtune.data import Classes
 from fmtune.errors import InputError
 from fmtune.model import Pixels, Preprocess, ResNet
+from fmtune.pictures import MODES, fit_picture
 from fmtune.training import EVALUATION_BATCH
-
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's name of pictures with so many channels."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ class TrainedModel(nn.Module):
 
         Args:
             images: uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) of the height, width and channels that the model was
-                trained on, or one image without the N; or a picture of Pillow's or a list of them, which are brought
-                to the model's channels and, bilinear, to its height and width.
+                trained on, or one image without the N; or a picture of Pillow's or a list of them, which are read as
+                `fmtune predict` reads their files (`fit_picture`).
 
         Raises:
             InputError: the images are something else.
@@ -100,7 +98,9 @@ def to_batch(images: object, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """
     pictures = [images] if isinstance(images, Image.Image) else images
     if isinstance(pictures, list | tuple) and pictures and all(isinstance(one, Image.Image) for one in pictures):
-        return np.stack([_read_picture(picture, shape) for picture in pictures])
+        if shape[0] not in MODES:
+            raise InputError(f"images: pictures have 1, 3 or 4 channels, the model takes {shape[0]}; give it arrays")
+        return np.stack([fit_picture(picture, shape) for picture in pictures])
     if not isinstance(images, np.ndarray):
         raise InputError(
             f"images: a {type(images).__name__}; expected a numpy array of uint8, a picture of Pillow's or a list of "
@@ -109,15 +109,6 @@ def to_batch(images: object, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     if images.dtype != np.uint8:
         raise InputError(f"images: of {images.dtype}; expected uint8, 0 to 255")
     return np.ascontiguousarray(_arrange(images, shape))
-
-
-def _read_picture(picture: Image.Image, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """A picture as (C, H, W)."""
-    channels, height, width = shape
-    if channels not in _MODES:
-        raise InputError(f"images: pictures have 1, 3 or 4 channels, the model takes {channels}; give it arrays")
-    resized = picture.convert(_MODES[channels]).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized).reshape(height, width, channels).transpose(2, 0, 1)
 
 
 def _arrange(images: NDArray[np.uint8], shape: tuple[int, int, int]) -> NDArray[np.uint8]:

@@ -150,11 +150,15 @@ def export(run: str, output: Path, kind: Any, runs: Path) -> None:
 def data(source: str, grid: Path | None, label: str, shape: str | None) -> None:
     """Say what a source holds, and what is wrong with it."""
     from fmtune.config import DataConfig
-    from fmtune.describe import describe_source, draw_grid
+    from fmtune.describe import check_sheet, describe_source, draw_grid
+    from fmtune.memory import without_credentials
     from fmtune.tables import print_description
 
+    if grid is not None:
+        check_sheet(grid)
     column = int(label) if label.lstrip("-").isdigit() else label
-    description = describe_source(DataConfig(train=source, label=column, shape=_parse_shape(shape)))
+    train = without_credentials(source, "SOURCE")
+    description = describe_source(DataConfig(train=train, label=column, shape=_parse_shape(shape)))
     print_description(Console(), description)
     if grid is not None:
         draw_grid(description.loaded.table, description.classes, grid)

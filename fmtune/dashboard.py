@@ -15,7 +15,7 @@ from fmtune.errors import InputError, RunFolderError
 from fmtune.extras import import_extra
 from fmtune.run import RunFolder
 from fmtune.space import Space
-from fmtune.study import open_database
+from fmtune.study import open_database, reaching
 
 _HOST = "127.0.0.1"
 
@@ -35,14 +35,16 @@ def create_dashboard(folder: RunFolder, port: int) -> WSGIServer:
     """A server on this machine's own address, ready to serve the page; port 0 takes a free one.
 
     Raises:
-        InputError: the run has no study yet, optuna-dashboard is not installed, or the port can't be had.
+        InputError: the run has no study yet, its database can't be reached, optuna-dashboard is not installed, or the
+            port can't be had.
     """
     dashboard = import_extra("dashboard", "optuna_dashboard", "optuna-dashboard", "dashboard")
+    # Read-only, so that no click on the page changes or deletes the study of a run.
     if folder.study.exists():
-        # Read-only, so that no click on the page changes or deletes the study of a run.
         storage = optuna.storages.RDBStorage(f"sqlite:///file:{folder.study.resolve()}?mode=ro&uri=true")
     elif (url := Space.load(folder.space).search.storage) is not None:
-        storage = open_database(url)
+        with reaching(url):
+            storage = open_database(url, is_read_only=True)
     else:
         raise RunFolderError(f"{folder.path}: no study.db yet; a run makes it with its first trial")
     try:

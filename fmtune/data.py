@@ -121,6 +121,15 @@ class TrainingData:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells other data apart, wherever the files lie: by shape, labels, and the pixels' statistics."""
+        # To so many digits as no two machines' arithmetic differs in.
+        statistics = [round(value, 6) for value in (*self.pixels.mean, *self.pixels.std)]
+        content = hashlib.sha256(repr((self.images.shape, self.classes, statistics)).encode())
+        content.update(self.labels.data)
+        return content.hexdigest()[:16]
+
 
 def cache_folder() -> Path:
     """Where downloads are kept, and parsed tables too: `FMTUNE_CACHE`, or the user's cache folder.

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 
 from fmtune.config import DataConfig
 from fmtune.data import Classes, Loaded, blocks_of, load_split, measure_pixels
+from fmtune.errors import InputError
+from fmtune.files import check_writable
 from fmtune.model import Pixels
 from fmtune.readers import Table
 from fmtune.stored import StoredTable
@@ -65,6 +67,17 @@ def describe_source(config: DataConfig) -> Description:
         measure_pixels(table.images),
         tuple(_find_problems(table, classes, counts)),
     )
+
+
+def check_sheet(path: Path) -> None:
+    """Refuse a path that no sheet of samples can be written to.
+
+    Raises:
+        InputError: it is no PNG file by its name, its folder is not there, or it is a folder.
+    """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path}: expected a name that ends in .png")
+    check_writable(path)
 
 
 def draw_grid(table: Table | StoredTable, classes: Classes, path: Path) -> None:

@@ -19,7 +19,7 @@ from fmtune.population import Adoption, Population, adopt, count_segments, descr
 from fmtune.probe import count_operations
 from fmtune.room import count_slots, measure_capacity
 from fmtune.run import State, TrialRecord
-from fmtune.schedulers import create_scheduler, max_epochs
+from fmtune.schedulers import create_scheduler
 from fmtune.seeds import derive_seed
 from fmtune.study import ADOPTED, CAUSE, STUDY, RunTrials, fail, keep_attribute, open_storage, tell
 from fmtune.timing import Timing
@@ -71,7 +71,10 @@ class Exploration:
         self._study = searcher.study
         self._board.capacity = measure_capacity(context.space.resources)
         remaining = self._count_tasks(len(earlier))
-        if remaining <= 0 or self._timing.search_is_over():
+        if remaining <= 0:
+            return
+        if self._timing.search_is_over():
+            context.view.note("no time is left for more trials; search.time bounds all attempts together")
             return
         slots = count_slots(context.space.resources)
         run_trials(
@@ -112,7 +115,7 @@ class Exploration:
         """How many tasks Tune may be given, when so many trials have ended."""
         space = self._context.space
         remaining = space.trials - ended
-        return count_segments(space, max_epochs(space)) if remaining and space.search.scheduler == "pbt" else remaining
+        return count_segments(space, space.max_epochs) if remaining and space.search.scheduler == "pbt" else remaining
 
     def _value_at(self, record: TrialRecord, epoch: int) -> float:
         """What decides, of a trial after an epoch; more is better."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import pyarrow as pa
 from pyarrow import fs
 
 from fmtune.errors import DataError, InputError
+
+_DOWNLOAD_TIMEOUT = 30.0
+"""Seconds without an answer after which a download is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,24 @@ def check_writable(output: Path) -> None:
         raise InputError(f"{output}: no folder {output.parent}; make it, or name one that exists")
     if output.is_dir():
         raise InputError(f"{output}: is a folder; expected a file's name")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file aside and move it into place, so that no reader sees half of it."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8", newline="")
+    aside.replace(path)
+
+
+@contextmanager
+def download_timeout() -> Iterator[None]:
+    """Has downloads by libraries that wait for ever given up once there is no answer for a while."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 @contextmanager

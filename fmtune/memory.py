@@ -37,15 +37,20 @@ def place_sources(config: DataConfig, data: Source | None, test: Source | None) 
         table = table_of_memory(data, layout, "data")
         sources["train"], names = keep_table(table), table.names
     elif data is not None:
-        sources["train"] = _refuse_credentials(str(data), "data")
+        sources["train"] = without_credentials(str(data), "data")
     if isinstance(test, str | Path):
-        sources["test"] = _refuse_credentials(str(test), "test")
+        sources["test"] = without_credentials(str(test), "test")
     elif test is not None:
         sources["test"] = keep_table(table_of_memory(test, layout, "test", names))
     return config.model_copy(update=sources)
 
 
-def _refuse_credentials(source: str, place: str) -> str:
+def without_credentials(source: str, place: str) -> str:
+    """The source, given by the user at `place`.
+
+    Raises:
+        DataError: it is a URL with a name and password, which would be kept in run folders.
+    """
     try:
         return refuse_credentials(source)
     except ValueError as error:

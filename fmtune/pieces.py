@@ -263,7 +263,9 @@ def check_shape(found: tuple[int, ...], shape: tuple[int, int, int], place: str)
 def _split_pictures(files: Sequence[File], folder: str, shape: tuple[int, int, int]) -> list[Piece[pa.Table]]:
     """Pictures, called by their place without the `folder` that it begins with."""
     if shape[0] not in MODES:
-        raise DataError(f"{files[0].place}: pictures are grey or RGB, the model takes {shape[0]} channels; use a table")
+        raise DataError(
+            f"{files[0].place}: pictures are grey, RGB or RGBA, the model takes {shape[0]} channels; use a table"
+        )
     step = min(_PICTURES, rows_of_block(shape))
     parts = [files[start : start + step] for start in range(0, len(files), step)]
     # The size of one stands for those of its neighbours.

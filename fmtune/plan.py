@@ -11,7 +11,8 @@ from rich.console import Console
 from fmtune.config import FINALIST_ROUNDS
 from fmtune.data import TrainingData, load_training_data
 from fmtune.model import count_parameters, create_model
-from fmtune.probe import count_full_trainings, probe_space, try_weights
+from fmtune.population import count_segments
+from fmtune.probe import check_channels, count_full_trainings, probe_space, read_all_weights
 from fmtune.space import Space
 from fmtune.view import format_seconds
 
@@ -24,6 +25,7 @@ def print_plan(console: Console, space: Space, path: Path) -> None:
         InputError: weights to start from can't be had, or don't fit a network.
     """
     data = load_training_data(space.data)
+    check_channels(space, data)
     for name, text in _describe(space, data, path):
         console.print(f"{name:<11}{text}", markup=False, highlight=False, soft_wrap=True)
 
@@ -47,7 +49,7 @@ def _describe(space: Space, data: TrainingData, path: Path) -> list[tuple[str, s
     network = create_model(space.baseline.model, channels, len(data.classes))
     what = "network" if space.is_single else "baseline"
     lines.append((what, f"{count_parameters(network):,} parameters, {space.baseline.epochs} epochs"))
-    lines += [("weights", line) for line in try_weights(space, data)]
+    lines += [("weights", line) for line in read_all_weights(space, data)[1]]
     cpus = f"{resources.cpus:g}" if resources.cpus else ("all" if space.is_single else "1")
     lines.append(
         (
@@ -74,10 +76,12 @@ def _describe_probes(space: Space, data: TrainingData) -> list[tuple[str, str]]:
         span = f"{fewest} to {most}" if fewest < most else str(most)
         lines.append(("fits", f"{span} trainings to the last epoch, {slots} side by side; more where they stop early"))
     if not space.time_limit and space.resources.price is not None:
-        hours = space.trials * probes[-1].seconds / slots / 3600
-        lines.append(("cost", f"{hours * space.resources.price:.2f} at most, if no trial stops early"))
-    # Each trial, each seed of a finalist and the refit keep one.
-    checkpoints = space.trials + FINALIST_ROUNDS * space.search.finalists + space.search.refit
+        trainings = (space.trials + FINALIST_ROUNDS * space.search.retrained) / slots + space.search.refit
+        cost = trainings * probes[-1].seconds / 3600 * space.resources.price
+        lines.append(("cost", f"{cost:.2f} at most, if no trial stops early"))
+    # Each trial, each seed of a finalist and the refit keep one; of a population each part of a training does.
+    trials = count_segments(space, space.max_epochs) if space.search.scheduler == "pbt" else space.trials
+    checkpoints = trials + FINALIST_ROUNDS * space.search.retrained + space.search.refit
     disk = checkpoints * max(probe.checkpoint_bytes for probe in probes)
     lines.append(("memory", f"{memory / 2**20:,.0f} MiB in each trial's process, as in this one"))
     lines.append(("disk", f"{disk / 2**20:,.0f} MiB of checkpoints at most"))

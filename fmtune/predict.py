@@ -24,7 +24,7 @@ from fmtune.data import load_split
 from fmtune.datasets import NAMES
 from fmtune.errors import DataError
 from fmtune.files import is_url
-from fmtune.memory import Source, table_of_memory
+from fmtune.memory import Source, table_of_memory, without_credentials
 from fmtune.pieces import Piece, check_shape, create_block, find_pieces, rows_of_block
 from fmtune.readers import Layout, Table
 from fmtune.rows import Predictor, check_output, write_rows
@@ -79,7 +79,7 @@ def evaluate(run: str | PathLike[str], data: Source, *, tta: bool = False, runs:
         InputError: the run or the source is not as it must be.
     """
     folder = find_run(run, Path(runs))
-    model = load_model(folder.best)
+    model = load_model(folder.best).to("cuda" if torch.cuda.is_available() else "cpu")
     place = str(data) if isinstance(data, str | Path) else "data"
     table = _load_labelled(data, model, _label_column(folder))
     check_shape(table.images.shape[1:], model.shape, place)
@@ -103,9 +103,9 @@ def predict(
     Args:
         run: a run folder, or a name under `runs`.
         source: a data set's name, which stands for its test split; a CSV, Parquet or IDX path, glob or URL; or a
-            folder, with those below it, or a glob of PNG and JPEG files. Pictures are turned upright, made grey or RGB
-            as the model takes them, and stretched to its height and width; `file` is their path in the folder, or as
-            the glob gives it.
+            folder, with those below it, or a glob of PNG and JPEG files. Pictures are turned upright, made grey, RGB or
+            RGBA as the model takes them, and stretched to its height and width; `file` is their path in the folder, or
+            as the glob gives it.
         output: ends in .csv or .parquet; there is none of it until it is whole.
         runs: folder of run folders.
         address: of a Ray cluster, which then predicts whatever the amount; a Ray of this machine's own by default.
@@ -117,7 +117,7 @@ def predict(
         InputError: the run, the source or the output is not as it must be.
         RunFailed: Ray can't be started, or lost the processes that predict.
     """
-    source, output = str(source), Path(output)
+    source, output = without_credentials(str(source), "INPUT"), Path(output)
     check_output(output, source)
     folder = find_run(run, Path(runs))
     model = load_model(folder.best)
@@ -162,7 +162,7 @@ def evaluate_model(
 ) -> Evaluation:
     """Loss and confusion in fp32 over uint8 images (N, C, H, W) and class indices (N,), or those of `rows`, ascending.
 
-    `tta` as in `evaluate`.
+    It is done on the model's device; `tta` as in `evaluate`.
     """
     device = next(model.network.parameters()).device
     if rows is not None and not isinstance(images, StoredImages):
@@ -199,7 +199,8 @@ def _describe_class(model: TrainedModel, confusion: NDArray[np.int64], i: int) -
 def _load_labelled(data: Source, model: TrainedModel, label: str | int) -> Table | StoredTable:
     shape = _table_shape(model)
     if isinstance(data, str | Path):
-        return load_split(DataConfig(train=str(data), label=label, shape=shape), "test").table
+        source = without_credentials(str(data), "data")
+        return load_split(DataConfig(train=source, label=label, shape=shape), "test").table
     names = dict(zip(model.classes.labels, model.classes.names, strict=True))
     return table_of_memory(data, Layout(label, shape), "data", names)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from fmtune.config import ModelConfig
 from fmtune.data import Classes
 from fmtune.errors import InputError, RunFolderError, first_line
+from fmtune.files import download_timeout
 from fmtune.model import Pixels, ResNet
 
 _KEY = "trial.model.pretrained"
@@ -42,6 +43,21 @@ _DAMAGES = (
     AssertionError,
 )
 """What torch.load was seen to raise for files cut short and with bytes changed."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights to start from, as they lie in a file.
+
+    Attributes:
+        source: where they came from.
+        tensors: by the name of the parameter or buffer.
+        classes: that their head tells apart; None where nothing says so.
+    """
+
+    source: str
+    tensors: Mapping[str, Tensor]
+    classes: Classes | None
 
 
 @dataclass(frozen=True)
@@ -86,33 +102,51 @@ def check_pretrained(config: ModelConfig) -> None:
         _find_file(config.pretrained)
 
 
-def load_pretrained(network: ResNet, config: ModelConfig, cache: Path, classes: Classes | None = None) -> LoadReport:
-    """Fill `network` with the weights that `config.pretrained` names; on an error it stays as it is.
+def weights_key(config: ModelConfig) -> str:
+    """What tells the weights that a configuration starts from apart from others: published ones differ by depth."""
+    return f"imagenet-{config.depth}" if config.pretrained == "imagenet" else str(config.pretrained)
 
-    The head (`fc`, `head`) stays new where its shapes differ, or where a run or an export says beside its weights that
-    they are of other classes; a file alone does not tell. A first convolution of 3 channels is summed over them for a
-    network of 1, and one of 1 channel is shared out in thirds for a network of 3, so that a grey image and the same
-    image repeated in 3 channels give the same. Nothing but tensors is unpickled.
+
+def read_weights(config: ModelConfig, cache: Path) -> Weights:
+    """The weights that `config.pretrained` names, none of which has to fit its network. Only tensors are unpickled.
 
     Args:
-        network: made for `config`, on any device.
         config: with `pretrained` set.
         cache: folder of downloaded weights; made if need be.
-        classes: that the network is to tell apart; None takes a head that fits.
 
     Raises:
-        InputError: as `check_pretrained`, or the weights cannot be had, read, or fitted into the network.
+        InputError: as `check_pretrained`, or the weights cannot be had or read.
     """
     if config.pretrained is None:
         raise ValueError("pretrained is null: there is nothing to load")
     check_pretrained(config)
-    theirs: Classes | None = None
     if config.pretrained == "imagenet":
-        place, weights = _fetch_published(config.depth, cache)
-    else:
-        file = _find_file(config.pretrained)
-        place, weights, theirs = config.pretrained, _read_file(file), _read_classes(file)
-    return _fill(network, config, weights, place, takes_head=classes is None or theirs in (None, classes))
+        return _fetch_published(config.depth, cache)
+    file = _find_file(config.pretrained)
+    return Weights(config.pretrained, _read_file(file), _read_classes(file))
+
+
+def load_pretrained(
+    network: ResNet, config: ModelConfig, weights: Weights, classes: Classes | None = None
+) -> LoadReport:
+    """Fill `network` with weights to start from; on an error it stays as it is.
+
+    The head (`fc`, `head`) stays new where its shapes differ, or where a run or an export says beside its weights that
+    they are of other classes; a file alone does not tell. A first convolution of 3 channels is summed over them for a
+    network of 1, and one of 1 channel is shared out in thirds for a network of 3, so that a grey image and the same
+    image repeated in 3 channels give the same.
+
+    Args:
+        network: made for `config`, on any device.
+        config: what the network was made for.
+        weights: what `read_weights` gave.
+        classes: that the network is to tell apart; None takes a head that fits.
+
+    Raises:
+        InputError: the weights don't fit into the network.
+    """
+    takes_head = classes is None or weights.classes in (None, classes)
+    return _fill(network, config, weights.tensors, weights.source, takes_head)
 
 
 def _check_published(config: ModelConfig) -> None:
@@ -192,8 +226,8 @@ def _check_weights(weights: object, path: Path) -> Mapping[str, Tensor]:
     raise InputError(f"{path}: holds a {type(weights).__name__}{inner}; expected a state dict: tensors by name")
 
 
-def _fetch_published(depth: int, cache: Path) -> tuple[str, Mapping[str, Tensor]]:
-    """torchvision's weights from `cache`, downloaded where they are not there yet; and what to call them.
+def _fetch_published(depth: int, cache: Path) -> Weights:
+    """torchvision's weights from `cache`, downloaded where they are not there yet.
 
     Raises:
         InputError: they cannot be downloaded, or the cached file is damaged.
@@ -204,9 +238,10 @@ def _fetch_published(depth: int, cache: Path) -> tuple[str, Mapping[str, Tensor]
     published = get_model_weights(f"resnet{depth}").DEFAULT
     path = cache / PurePosixPath(urlparse(published.url).path).name
     try:
-        weights = torch.hub.load_state_dict_from_url(
-            published.url, str(cache), map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
+        with download_timeout():
+            weights = torch.hub.load_state_dict_from_url(
+                published.url, str(cache), map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
     except _DAMAGES as error:
         # What fails on the way from the network, by its hash too, is not kept.
         if path.exists():
@@ -215,7 +250,7 @@ def _fetch_published(depth: int, cache: Path) -> tuple[str, Mapping[str, Tensor]
         raise InputError(
             f"{_KEY}: can't fetch {published.url} ({reason}); download it elsewhere and put it at {path}"
         ) from None
-    return f"imagenet ({path.name})", _check_weights(weights, path)
+    return Weights(f"imagenet ({path.name})", _check_weights(weights, path), None)
 
 
 def _fill(

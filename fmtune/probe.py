@@ -13,8 +13,9 @@ from fmtune.batches import Batches
 from fmtune.checkpoint import create_preprocess
 from fmtune.config import ResourcesConfig, TrialConfig
 from fmtune.data import TrainingData, weights_folder
+from fmtune.errors import SpaceError
 from fmtune.model import count_parameters, create_model
-from fmtune.pretrained import load_pretrained
+from fmtune.pretrained import Weights, load_pretrained, read_weights, weights_key
 from fmtune.space import Space
 from fmtune.training import Training
 
@@ -46,22 +47,44 @@ class Probe:
         return self.epoch_seconds * self.config.epochs
 
 
-def try_weights(space: Space, data: TrainingData) -> list[str]:
-    """Load the starting weights into each network that may want them, before anything is started.
+def check_channels(space: Space, data: TrainingData) -> None:
+    """Refuse networks for other channels than the images have.
+
+    Raises:
+        SpaceError: a configuration asks for them.
+    """
+    channels = data.image_shape[0]
+    for config in space.samples():
+        if channels != 1 and config.model.channels not in (None, channels):
+            key, instead = "trial.model.channels", "leave it null"
+            if config is space.baseline:
+                key, instead = "baseline.model.channels", "set baseline: default, or values of your own"
+            raise SpaceError(
+                f"{key}: {config.model.channels}; the images have {channels}, and only grey ones can be repeated; "
+                f"{instead}"
+            )
+
+
+def read_all_weights(space: Space, data: TrainingData) -> tuple[dict[str, Weights], list[str]]:
+    """Read the starting weights, and try them on each network that may want them, before anything is started.
 
     Returns:
-        What was loaded, left out and newly made, a line for each.
+        The weights by `weights_key`; what was loaded, left out and newly made, a line for each.
 
     Raises:
         InputError: weights can't be had, or don't fit a network.
     """
     unfrozen = {"freeze": 0, "unfreeze_epoch": None}
     wanted = {config.model.model_copy(update=unfrozen) for config in space.samples() if config.model.pretrained}
+    weights: dict[str, Weights] = {}
     lines = []
     for model in sorted(wanted, key=repr):
+        key = weights_key(model)
+        if key not in weights:
+            weights[key] = read_weights(model, weights_folder())
         network = create_model(model, data.image_shape[0], len(data.classes))
-        lines.append(load_pretrained(network, model, weights_folder(), data.classes).describe())
-    return list(dict.fromkeys(lines))
+        lines.append(load_pretrained(network, model, weights[key], data.classes).describe())
+    return weights, list(dict.fromkeys(lines))
 
 
 def probe_space(space: Space, data: TrainingData, threads: int) -> tuple[list[Probe], int]:

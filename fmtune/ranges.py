@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Protocol
 
@@ -54,6 +54,10 @@ class Choice:
         """All values."""
         return self.values
 
+    def of_floats(self) -> Choice:
+        """The same with whole numbers as floats, which is what a configuration makes of them."""
+        return replace(self, values=tuple(float(v) if type(v) is int else v for v in self.values))
+
     def contains(self, value: Scalar) -> bool:
         return value in self.values
 
@@ -101,7 +105,8 @@ class Interval:
         return tuple(range(int(self.low), int(self.high) + 1))
 
     def contains(self, value: Scalar) -> bool:
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        wanted = int if self.kind == "int" else (int, float)
+        return isinstance(value, wanted) and not isinstance(value, bool) and self.low <= value <= self.high
 
     def move(self, value: Scalar, random: Random) -> Scalar:
         """A value near the given one, or any (Jaderberg et al., 2017, https://arxiv.org/abs/1711.09846, "explore")."""

@@ -96,7 +96,9 @@ class RowWriter:
         """Append rows, with the column `row` before them; all tables have the columns of the first."""
         numbered = table.add_column(0, "row", pa.array(np.arange(self.rows, self.rows + len(table))))
         if self._file is None:
-            self._file = _WRITERS[self._path.suffix](self._path, numbered.schema)
+            # Probabilities hardly repeat: a dictionary of them costs time and room.
+            options = {"use_dictionary": ["label", "name"]} if self._path.suffix == ".parquet" else {}
+            self._file = _WRITERS[self._path.suffix](self._path, numbered.schema, **options)
         self._file.write_table(numbered)
         self.rows += len(table)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import importlib.metadata
+import io
 import os
 import platform
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +23,7 @@ import torch
 from fmtune.checkpoint import read_json, write_json
 from fmtune.config import Scalar, TrialConfig
 from fmtune.errors import RunFolderError
+from fmtune.files import write_whole
 from fmtune.training import EpochMetrics
 
 State = Literal["running", "complete", "pruned", "failed"]
@@ -82,6 +86,7 @@ class RunFolder:
         self.ray = path / "ray"
         self.log = path / "log.txt"
         self.clock = path / "clock.json"
+        self.choice = path / "choice.json"
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -89,18 +94,57 @@ class RunFolder:
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder if there is none, and keep other processes from holding it.
+
+        Raises:
+            RunFolderError: one holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        # Given up with the process, whatever it dies of.
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(f"{self.path}: another process is at this run; wait for it, or stop it") from None
+            except OSError:
+                pass  # some network file systems lock nothing
+            yield
+        finally:
+            os.close(handle)
+
     @classmethod
-    def create(cls, path: Path, space_yaml: str) -> RunFolder:
-        """Make the folder and write what is known before the first trial; a run that is resumed keeps its own."""
+    def create(cls, path: Path, space_yaml: str, fingerprint: str) -> RunFolder:
+        """Make the folder and write what is known before the first trial; a run that is resumed keeps its own.
+
+        Args:
+            path: of the folder.
+            space_yaml: the resolved space.
+            fingerprint: of the training data.
+        """
         folder = cls(path)
         folder.ray.mkdir(parents=True, exist_ok=True)
-        folder.space.write_text(space_yaml, encoding="utf-8")
+        write_whole(folder.space, space_yaml)
         if folder.history.exists():
+            folder._cut_history()
             return folder
-        write_json(folder.environment, {"run": uuid.uuid4().hex} | describe_environment())
+        write_json(folder.environment, {"run": uuid.uuid4().hex, "data": fingerprint} | describe_environment())
         with folder.history.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(HISTORY_COLUMNS)
         return folder
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the data that the run has trained on; None of one that has not begun, or of an older version."""
+        return read_json(self.environment).get("data") if self.environment.exists() else None
+
+    def _cut_history(self) -> None:
+        """Leave out a last row that an interruption has cut short: the next would go on with its line."""
+        content = self.history.read_bytes()
+        with self.history.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -129,13 +173,11 @@ class RunFolder:
         history: dict[int, dict[int, EpochMetrics]] = {}
         if self.history.exists():
             with self.history.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    # An interruption in the middle of a write leaves a row short.
-                    if all(row.values()):
-                        metrics = EpochMetrics(
-                            int(row["epoch"]), *(float(row[column]) for column in HISTORY_COLUMNS[2:])
-                        )
-                        history.setdefault(int(row["trial"]), {})[metrics.epoch] = metrics
+                # What an interruption has cut short has no end of the line yet.
+                whole = (line for line in file if line.endswith("\n"))
+                for row in csv.DictReader(whole):
+                    metrics = EpochMetrics(int(row["epoch"]), *(float(row[column]) for column in HISTORY_COLUMNS[2:]))
+                    history.setdefault(int(row["trial"]), {})[metrics.epoch] = metrics
         return {trial: [epochs[e] for e in sorted(epochs)] for trial, epochs in history.items()}
 
     def write_trials(
@@ -153,17 +195,17 @@ class RunFolder:
         """
         further = further or {}
         names = list(next(iter(further.values()), ()))
-        aside = self.trials.with_name("trials.csv.part")
-        with aside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*_TRIAL_COLUMNS, *names, *(f"params.{key}" for key in columns)])
-            for record in sorted(records, key=lambda record: record.number):
-                last = record.last
-                measured = [last.epoch, last.val_accuracy, last.val_loss] if last else [0, None, None]
-                own = [further[record.number][name] for name in names]
-                values = [record.params.get(key) for key in columns]
-                writer.writerow([record.number, record.state, *measured, f"{record.seconds:.3f}", *own, *values])
-        aside.replace(self.trials)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow([*_TRIAL_COLUMNS, *names, *(f"params.{key}" for key in columns)])
+        for record in sorted(records, key=lambda record: record.number):
+            last = record.last
+            measured = [last.epoch, last.val_accuracy, last.val_loss] if last else [0, None, None]
+            own = [further[record.number][name] for name in names]
+            # An empty field is a parameter that the trial had not.
+            values = ["null" if record.params.get(key, "") is None else record.params.get(key) for key in columns]
+            writer.writerow([record.number, record.state, *measured, f"{record.seconds:.3f}", *own, *values])
+        write_whole(self.trials, text.getvalue())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_json(self.summary, summary)

@@ -123,8 +123,11 @@ class ParetoAsha(Asha):
     def _enter(self, number: int, config: TrialConfig, metrics: Mapping[str, Any]) -> bool:
         """Enter what a trial has come to into the rung that it has reached; whether it may go on."""
         for milestone, recorded in self._bracket_of(number)._rungs:
-            if metrics[self._time_attr] < milestone or number in recorded:
+            if metrics[self._time_attr] < milestone:
                 continue
+            if number in recorded:
+                # What it comes to now is later than what those of the lower rungs were compared by.
+                return True
             recorded[number] = self._objectives.gains(config, metrics)
             fronts = rank_fronts(np.array(list(recorded.values())))
             return bool((fronts < fronts[-1]).mean() < 1 - 1 / self._reduction_factor)
@@ -135,7 +138,9 @@ class MedianRule(_Fair, MedianStoppingRule):
     """Stops trials below the median of the others' running averages (Golovin et al., 2017, Google Vizier)."""
 
     def _enter_epochs(self, trial: Trial, record: TrialRecord) -> None:
-        self._results[trial] += [metrics.as_dict() for metrics in record.history]
+        # The rule looks for the last result of each trial that it knows.
+        if record.history:
+            self._results[trial] += [metrics.as_dict() for metrics in record.history]
 
     def _on_insufficient_samples(self, tune_controller: Any, trial: Trial, time: float) -> str:
         # Ray pauses such a trial for another's sake, and its function would begin from its first epoch again.
@@ -180,15 +185,7 @@ def _asha_rungs(space: Space, slots: int) -> dict[str, Any]:
     """
     search = space.search
     if search.rung == "epochs":
-        return {"time_attr": "epoch", "grace_period": 1, "max_t": max_epochs(space)}
+        return {"time_attr": "epoch", "grace_period": 1, "max_t": space.max_epochs}
     assert space.time_limit is not None
     first = _FIRST_RUNG_SHARE * space.time_limit * min(1.0, slots / search.trials)
     return {"time_attr": "seconds", "grace_period": first, "max_t": space.time_limit, "stop_last_trials": False}
-
-
-def max_epochs(space: Space) -> int:
-    """Most epochs that a trial of the space can train."""
-    searched = space.ranges.get("epochs")
-    if searched is None:
-        return int(space.fixed["epochs"])  # type: ignore[arg-type]
-    return max(int(value) for value in searched.candidates)  # type: ignore[arg-type]

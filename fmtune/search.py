@@ -19,7 +19,7 @@ from fmtune.data import TrainingData, load_training_data
 from fmtune.errors import DataError, FmtuneError, InputError, RunFailed, RunFolderError, SpaceError, first_line
 from fmtune.explore import Exploration, rank
 from fmtune.memory import Source, place_sources
-from fmtune.probe import try_weights
+from fmtune.probe import check_channels, read_all_weights
 from fmtune.report import write_report
 from fmtune.result import RunResult
 from fmtune.room import check_room, count_slots, whole_machine
@@ -32,13 +32,13 @@ from fmtune.summary import conclude
 from fmtune.timing import Timing, is_finished, read_clock, write_clock
 from fmtune.trackers import connect_trackers, track
 from fmtune.trial import SharedData
-from fmtune.view import create_view
+from fmtune.view import create_view, format_seconds
 
 SpaceSource = Space | str | Path | Mapping[str, Any]
 _KEPT_PARTS = {"data": "data", "baseline": "baseline", "fixed": "trial", "ranges": "trial", "storage": "storage"}
 """What of a space a resumed run must leave as it was, and the section of the YAML that says it."""
-_KEPT_KEYS = ("metric", "objectives", "storage")
-"""What of its `search` too."""
+_KEPT_KEYS = {"metric": "metric", "objectives": "objectives", "storage": "storage", "tries": "try"}
+"""What of its `search` too, and the key of the YAML."""
 
 
 class Interrupted(FmtuneError):
@@ -162,13 +162,16 @@ def run_space(
     if space.storage is not None:
         _check_storage(space.storage, path)
     data = load_training_data(space.data)
-    _check_channels(space, data)
-    weights = try_weights(space, data)
+    _check_same_data(path, data)
+    check_channels(space, data)
+    weights, notes = read_all_weights(space, data)
+    if not space.ranges and not space.is_single:
+        notes.append("the space has no ranges: all trials train the same values; `fmtune train` trains them once")
     trackers = connect_trackers(space.logging)
     # A Ray that somebody else uses too has no room to take whole.
     is_own = address is None and not ray.is_initialized()
-    folder = RunFolder(path)
     check_study(space)
+    folder = RunFolder(path)
     board = _create_board(space, data, folder, started - read_clock(folder))
     finished: Space | None = None
     try:
@@ -178,40 +181,45 @@ def run_space(
             create_view(board, screen.console) as view,
             ExitStack() as stack,
         ):
-            for line in weights:
+            for line in notes:
                 view.note(line)
             with ray_session(space.resources, address, view.note):
                 # Nodes that come and go need a folder that they share with those that are there.
                 can_grow = address is not None and space.storage is not None
                 check_room(space.resources, has_shared_storage=space.storage is not None, can_grow=can_grow)
                 # What is refused before this leaves no folder behind, and a folder that is there as it was.
-                RunFolder.create(path, space.to_yaml())
+                stack.enter_context(folder.held())
+                RunFolder.create(path, space.to_yaml(), data.fingerprint)
+                stack.callback(lambda: write_clock(folder, board.elapsed, finished))
                 screen.log_to(folder.log)
                 tracking = stack.enter_context(track(trackers, folder, view.note))
                 if space.is_single and space.resources.cpus is None and is_own:
                     space = replace(space, resources=whole_machine(space.resources))
-                context = RunContext(space, data, SharedData.of(data), folder, board, view, tracking, check, can_grow)
+                shared = SharedData.of(data, weights)
+                context = RunContext(space, data, shared, folder, board, view, tracking, check, can_grow)
                 timing = Timing(space, folder, board, _rows_ratio(data), lambda: count_slots(space.resources))
                 choice = _choose(context, timing, is_own)
             board.phase = "measuring on the test split"
             try:
                 summary = conclude(context, choice)
             except DataError:
-                _finish(context, folder.read_summary())
+                _finish(context, folder.read_summary(), None)
                 raise
-            _finish(context, summary)
+            _finish(context, summary, space)
             finished = space
             return RunResult(folder, summary)
     except KeyboardInterrupt:
         done = f"{path} keeps what is done" if path.exists() else "nothing was begun"
         raise Interrupted(f"interrupted; {done}") from None
-    finally:
-        if path.exists():
-            write_clock(folder, board.elapsed, finished)
 
 
-def _finish(context: RunContext, summary: dict[str, Any]) -> None:
+def _finish(context: RunContext, summary: dict[str, Any], finished: Space | None) -> None:
     """Tell the trackers, write the report, and copy the run folder to the storage if there is one.
+
+    Args:
+        context: of the run.
+        summary: what was found.
+        finished: what the run has come to the end of; None where the test split could not be read.
 
     Raises:
         RunFailed: the storage can't be written to any more.
@@ -219,6 +227,8 @@ def _finish(context: RunContext, summary: dict[str, Any]) -> None:
     context.tracking.end_run(summary)
     write_report(context.folder)
     if context.kept is not None:
+        # The copy is to say that the run has finished.
+        write_clock(context.folder, context.board.elapsed, finished)
         try:
             context.kept.keep(context.folder.path)
         except OSError as error:
@@ -245,15 +255,25 @@ def _check_folder(path: Path, space: Space, resume: bool) -> None:
     if not resume:
         raise RunFolderError(f"{path}: the run folder exists; go on with --resume, or choose another --name")
     earlier = Space.load(RunFolder.open(path).space)
-    for name in _KEPT_KEYS:
+    for name, key in _KEPT_KEYS.items():
         if (kept := getattr(earlier.search, name)) != getattr(space.search, name):
-            raise RunFolderError(f"{path}: --resume with another search.{name}; its space.yaml has {_in_words(kept)}")
+            raise RunFolderError(f"{path}: --resume with another search.{key}; its space.yaml has {_in_words(kept)}")
     for part, name in _KEPT_PARTS.items():
         if getattr(earlier, part) != getattr(space, part):
             raise RunFolderError(
-                f"{path}: --resume with another `{name}` than in its space.yaml; only search, resources and logging "
-                "may change"
+                f"{path}: --resume with another `{name}` than in its space.yaml; only resources, logging, and search "
+                f"but for {', '.join(_KEPT_KEYS.values())} may change"
             )
+
+
+def _check_same_data(path: Path, data: TrainingData) -> None:
+    """Refuse to go on with other rows than those that a run has begun with: a stand-in, or a file that has changed."""
+    before = RunFolder(path).fingerprint
+    if before is not None and before != data.fingerprint:
+        raise RunFolderError(
+            f"{path}: --resume with other data than it has trained on: {data.loaded.source} ({data.loaded.origin}), "
+            f"{len(data.images):,} rows; give what it had, or choose another --name"
+        )
 
 
 def _read_finished(path: Path, space: Space) -> RunResult | None:
@@ -269,21 +289,11 @@ def _read_finished(path: Path, space: Space) -> RunResult | None:
     return RunResult(folder, summary)
 
 
-def _in_words(value: str | Sequence[str] | None) -> str:
+def _in_words(value: str | Sequence[object] | None) -> str:
     """A value of `search` as its YAML has it."""
     if value is None:
         return "null"
-    return value if isinstance(value, str) else f"[{', '.join(value)}]"
-
-
-def _check_channels(space: Space, data: TrainingData) -> None:
-    channels = data.image_shape[0]
-    for config in space.samples():
-        if channels != 1 and config.model.channels not in (None, channels):
-            raise SpaceError(
-                f"trial.model.channels: {config.model.channels}; the images have {channels}, and only grey ones can be "
-                "repeated; leave it null"
-            )
+    return value if isinstance(value, str) else f"[{', '.join(map(str, value))}]"
 
 
 def _choose(context: RunContext, timing: Timing, is_own: bool) -> Choice:
@@ -291,6 +301,11 @@ def _choose(context: RunContext, timing: Timing, is_own: bool) -> Choice:
     records = list(context.board.records.values())
     if not rank(records, context.board.metric, context.board.larger):
         causes = dict.fromkeys(record.cause for record in records if record.cause)
+        if not causes and context.space.time_limit is not None:
+            raise RunFailed(
+                f"the time, {format_seconds(context.space.time_limit)}, was up before the first epoch of a trial; "
+                "go on with --resume and a larger search.time"
+            )
         raise RunFailed(
             f"none of {len(records)} trials came to a result",
             *(f"cause: {cause}" for cause in causes),

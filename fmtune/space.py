@@ -146,6 +146,11 @@ class Space:
         return min(limits, default=None)
 
     @property
+    def max_epochs(self) -> int:
+        """Most epochs that a trial of the space can train; the baseline's are its own."""
+        return _max_epochs(self.fixed, self.ranges)
+
+    @property
     def trials(self) -> int:
         """Trials to start at most: as many as asked for, and with a grid no more than its points and the baseline."""
         return min(self.search.trials, 1 + len(self.grid())) if self.search.sampler == "grid" else self.search.trials
@@ -192,7 +197,8 @@ class Space:
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(("trial", *map(str, first["loc"])))
-            raise SpaceError(f"{document.place(key)}: {key}: {first['ctx']['error']}") from None
+            problem = str(first["ctx"]["error"])
+            raise SpaceError(f"{document.place(key, problem)}: {key}: {problem}") from None
 
 
 class _LatinHypercube:
@@ -233,8 +239,12 @@ def _create_baseline(
     """A recipe by name, for as many epochs as the search gives a trial at most; or the values given."""
     if not isinstance(baseline, str):
         return TrialConfig.model_validate(baseline)
-    epochs = max(ranges["epochs"].candidates) if "epochs" in ranges else fixed["epochs"]  # type: ignore[type-var]
-    return RECIPES[baseline].model_copy(update={"epochs": epochs})
+    return RECIPES[baseline].model_copy(update={"epochs": _max_epochs(fixed, ranges)})
+
+
+def _max_epochs(fixed: Mapping[str, Scalar], ranges: Mapping[str, Range]) -> int:
+    candidates: Any = ranges["epochs"].candidates if "epochs" in ranges else (fixed["epochs"],)
+    return max(map(int, candidates))
 
 
 def _order_by_conditions(ranges: Mapping[str, Range]) -> dict[str, Range]:

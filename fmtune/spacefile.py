@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from fmtune.config import (
 from fmtune.datasets import NAMES
 from fmtune.errors import SpaceError, first_line
 from fmtune.files import is_url
-from fmtune.ranges import Interval, Range, is_range, parse_range
+from fmtune.ranges import Choice, Interval, Range, is_range, parse_range
 from fmtune.recipes import RECIPES
 
 SECTIONS: dict[str, type[Config]] = {
@@ -123,8 +124,15 @@ class Document:
         """Whether the user gave a dotted key, or a parent of it, beside the file."""
         return any(f"{key}.".startswith(f"{other}.") for other in self._overridden)
 
-    def place(self, key: str) -> str:
-        """File and line, or override, of a dotted key or its nearest parent."""
+    def place(self, key: str, problem: str) -> str:
+        """File and line, or override, of a dotted key or its nearest parent.
+
+        Where values don't go together, it is the override of one that the problem names.
+        """
+        named = set(re.findall(r"\w+", problem))
+        for other, place in self._overridden.items():
+            if other.startswith(f"{key}.") and other.rpartition(".")[2] in named:
+                return place
         while True:
             if key in self._overridden:
                 return self._overridden[key]
@@ -267,12 +275,15 @@ class SpaceReader:
             self._fix_idle_ranges(sections)
 
     def _read_range(self, key: str, value: dict[str, Any], sections: Sections) -> None:
+        defaults = flatten(TrialConfig())
         try:
             searched = parse_range(value)
+            if isinstance(searched, Choice) and isinstance(defaults.get(key), float):
+                searched = searched.of_floats()
         except ValueError as error:
             self._add(f"trial.{key}", str(error))
             return
-        if key not in flatten(TrialConfig()):
+        if key not in defaults:
             self._check_value(key, None)
             return
         fits = [self._check_value(key, candidate) for candidate in searched.candidates]
@@ -379,7 +390,7 @@ class SpaceReader:
                 self._add(key, _describe(one, kind, one["input"]))
 
     def _add(self, key: str, problem: str) -> None:
-        self._problems.append(f"{self._document.place(key)}: {key}: {problem}")
+        self._problems.append(f"{self._document.place(key, problem)}: {key}: {problem}")
 
 
 def _describe_try(key: str, value: Scalar, ranges: Mapping[str, Range]) -> str:

@@ -106,15 +106,38 @@ def _connected(url: str) -> Iterator[optuna.storages.RDBStorage]:
         database.engine.dispose()
 
 
-def open_database(url: str) -> optuna.storages.RDBStorage:
+def open_database(url: str, *, is_read_only: bool = False) -> optuna.storages.RDBStorage:
     """The database that several runs share, by `search.storage`.
+
+    Args:
+        url: of the database.
+        is_read_only: whether all that would change it fails.
 
     Raises:
         ImportError: its driver is not installed.
     """
     # Which driver a URL without one means depends on SQLAlchemy's version.
     url = url.replace("postgresql://", "postgresql+psycopg://")
-    return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    options = {"options": "-c default_transaction_read_only=on"} if is_read_only else {}
+    return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": options})
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """What goes wrong with a database within, as an error of the user's.
+
+    Raises:
+        InputError: it can't be reached, or its driver is not installed.
+    """
+    place = f"search.storage: {url}"
+    try:
+        yield
+    except ImportError:
+        raise InputError(f"{place}: needs the package psycopg; pip install 'fmtune[postgresql]'") from None
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        # What SQLAlchemy says begins with the name of the driver's exception.
+        reason = first_line(getattr(error, "orig", None) or error)
+        raise InputError(f"{place}: can't be reached ({reason}); mend the place, or the access") from None
 
 
 def check_study(space: Space) -> None:
@@ -125,26 +148,18 @@ def check_study(space: Space) -> None:
     """
     if space.search.storage is None:
         return
-    place = f"search.storage: {space.search.storage}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with _connected(space.search.storage) as database:
-            _claim(database, space, place)
-    except ImportError:
-        raise InputError(f"{place}: needs the package psycopg; pip install 'fmtune[postgresql]'") from None
-    except sqlalchemy.exc.SQLAlchemyError as error:
-        # What SQLAlchemy says begins with the name of the driver's exception.
-        reason = first_line(getattr(error, "orig", None) or error)
-        raise InputError(f"{place}: can't be reached ({reason}); mend the place, or the access") from None
+    with reaching(space.search.storage), _connected(space.search.storage) as database:
+        _claim(database, space)
 
 
-def _claim(database: optuna.storages.RDBStorage, space: Space, place: str) -> None:
+def _claim(database: optuna.storages.RDBStorage, space: Space) -> None:
     """Tell the study in a database its space, and make it if there is none yet."""
     directions = [StudyDirection.MAXIMIZE if m == "max" else StudyDirection.MINIMIZE for m in space.search.modes]
     study = optuna.create_study(storage=database, study_name=STUDY, load_if_exists=True, directions=directions)
     own = _fingerprint(space)
     if study.user_attrs.setdefault(_SPACE, own) != own:
-        raise InputError(f"{place}: holds the study of another space; name another database")
+        raise InputError(f"search.storage: {space.search.storage}: holds the study of another space; name another one")
     study.set_user_attr(_SPACE, own)
 
 

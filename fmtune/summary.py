@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -16,6 +18,7 @@ from fmtune.board import Board
 from fmtune.calibration import find_mistakes, measure_calibration
 from fmtune.checkpoint import save_model, write_json
 from fmtune.choice import Choice, load_trial_model, mean_of
+from fmtune.config import SearchConfig
 from fmtune.context import RunContext
 from fmtune.data import has_test_split, load_test_split
 from fmtune.errors import DataError
@@ -35,6 +38,7 @@ def conclude(context: RunContext, choice: Choice) -> dict[str, Any]:
         DataError: the test split can't be read. All else is written before.
     """
     save_model(context.folder.best, choice.model)
+    choice.model.to(_device(context))
     summary, own = _summarise(context, choice), _measure_own(context, choice)
     _write(context, choice, summary, own, None)
     test = None
@@ -48,6 +52,11 @@ def conclude(context: RunContext, choice: Choice) -> dict[str, Any]:
     summary["seconds"] = round(context.board.elapsed, 1)
     _write(context, choice, summary, own, test)
     return summary
+
+
+def _device(context: RunContext) -> str:
+    """Where models are measured: on the GPU that the trials have left, if this machine has one."""
+    return "cuda" if context.space.resources.gpus and torch.cuda.is_available() else "cpu"
 
 
 def _write(
@@ -94,7 +103,7 @@ def _summarise(context: RunContext, choice: Choice) -> dict[str, Any]:
         "finalists": [_describe_finalist(number, results) for number, results in choice.finalists.items()],
         "refit": choice.is_refit,
         "front": _describe_front(context),
-        "outlook": _look_ahead(board, len(context.space.search.tries)),
+        "outlook": _look_ahead(board, context.space.search),
         "broken_off": board.broken_off,
         "failures": [
             {"trial": record.number, "cause": record.cause, "config": record.config.model_dump(mode="json")}
@@ -133,22 +142,26 @@ def _describe_baseline(record: TrialRecord) -> dict[str, Any]:
         "difference": None,
         "epochs": len(record.history),
         "of_epochs": record.config.epochs,
+        "cause": record.cause,
     }
 
 
-def _look_ahead(board: Board, tried: int) -> dict[str, Any] | None:
-    """What as many trials again would bring, by those drawn from the space; None where they are too few.
+def _look_ahead(board: Board, search: SearchConfig) -> dict[str, Any] | None:
+    """What as many trials again would bring, by those drawn from the space; None where they are too few, or a grid's.
 
-    The first `tried` are no draws. One that was stopped early counts by what it would have come to, at most the best.
+    The baseline and the values of `search.try` are no draws, and yet what there is to gain on. A trial that was stopped
+    early counts by what it would have come to, at most the best.
     """
-    searched = [r for r in board.records.values() if not (board.has_baseline and r.number == 0)]
-    curves = [(record, errors) for record in searched if (errors := _errors_of(record, board))]
+    if search.sampler == "grid":
+        return None
+    first_drawn = board.has_baseline + len(search.tries)
+    curves = [(record, errors) for record in board.records.values() if (errors := _errors_of(record, board))]
     whole: defaultdict[int, list[list[float]]] = defaultdict(list)
     for record, errors in curves:
-        if record.state == "complete":
+        if record.state == "complete" and not (board.has_baseline and record.number == 0):
             whole[record.config.epochs].append(errors)
     best = min((errors[-1] for _, errors in curves), default=0.0)
-    drawn = [(record, errors) for record, errors in curves if record.number > tried]
+    drawn = [(record, errors) for record, errors in curves if record.number >= first_drawn]
     ends = [max(best, project_error(errors, whole[record.config.epochs])) for record, errors in drawn]
     outlook = look_ahead([-end for end in ends], limit=0.0, best=-best)
     return None if outlook is None else {"metric": board.metric} | asdict(outlook)
@@ -177,7 +190,9 @@ def _measure_test(context: RunContext, choice: Choice, summary: dict[str, Any]) 
     summary["test_loss"] = best.loss
     baseline = context.board.records.get(0)
     if summary["baseline"] and baseline and baseline.checkpoint:
-        reference = evaluate_model(load_trial_model(context, baseline), loaded.table.images, labels)
+        reference = evaluate_model(
+            load_trial_model(context, baseline).to(_device(context)), loaded.table.images, labels
+        )
         summary["baseline"]["test_accuracy"] = reference.accuracy
         is_right, was_right = (e.predicted.cpu().numpy() == labels for e in (best, reference))
         summary["baseline"]["difference"] = asdict(compare_paired(is_right, was_right))
@@ -231,7 +246,8 @@ def describe_summary(folder: RunFolder, summary: dict[str, Any]) -> list[tuple[s
 
 def print_summary(console: Console, folder: RunFolder, summary: dict[str, Any]) -> None:
     """The last screen: `describe_summary`, and what to type next."""
-    following = f"fmtune evaluate {folder.path} --data FILE    fmtune predict {folder.path} FILE -o out.csv"
+    run = shlex.quote(str(folder.path))
+    following = f"fmtune evaluate {run} --data FILE    fmtune predict {run} FILE -o out.csv"
     for name, text in [*describe_summary(folder, summary), ("next", following)]:
         console.print(f"{name:<11}{text}", markup=False, highlight=False, soft_wrap=True)
 
@@ -246,12 +262,13 @@ def _describe_finalists(finalists: list[dict[str, Any]]) -> str:
 def _describe_against(summary: dict[str, Any], baseline: dict[str, Any]) -> str:
     key = "test_accuracy" if baseline["test_accuracy"] is not None else "val_accuracy"
     if baseline[key] is None:
-        return "had no time to finish an epoch"
+        return f"failed: {baseline['cause']}" if baseline.get("cause") else "had no time to finish an epoch"
     text = _percent(baseline[key])
     if summary[key] is not None:
         text += f"  (tuned: {100 * (summary[key] - baseline[key]):+.2f} points{_describe_difference(baseline)})"
     if baseline["epochs"] < baseline["of_epochs"]:
-        text += f"  after {baseline['epochs']} of {baseline['of_epochs']} epochs, its share of the time"
+        reason = f"where it failed: {baseline['cause']}" if baseline.get("cause") else "its share of the time"
+        text += f"  after {baseline['epochs']} of {baseline['of_epochs']} epochs, {reason}"
     return text
 
 

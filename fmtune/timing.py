@@ -42,8 +42,8 @@ class Timing:
         self._search, self._limit, self._folder, self._board = space.search, space.time_limit, folder, board
         self._rows_ratio, self._slots = rows_ratio, slots
         self._saved = 0.0
-        self._leading: list[TrialRecord] = []
-        self._next_look = 0.0
+        self._reserve = 0.0
+        self._next_reckoning = 0.0
 
     def search_is_over(self) -> bool:
         """Whether the time left is needed for finalists, refit and closing."""
@@ -74,18 +74,31 @@ class Timing:
         return any(record.state == "complete" for record in list(self._board.records.values()))
 
     def _search_seconds(self) -> float:
-        """Seconds left for the search itself."""
+        """Seconds left for the search itself.
+
+        Tune asks at every turn whether the search is over: a twentieth of the time goes into reckoning at most.
+        """
         if self._board.left is None or self._limit is None:
             return math.inf
-        leaders = self._leaders()
+        started = time.monotonic()
+        if started >= self._next_reckoning:
+            self._reserve = self._reckon_reserve(self._limit)
+            self._next_reckoning = started + 20 * (time.monotonic() - started)
+        return self._board.left - self._reserve
+
+    def _reckon_reserve(self, limit: float) -> float:
+        """Seconds to set aside of the `limit` for finalists, refit and closing, by the trials that lead now.
+
+        Those of them that get to their end will be the finalists.
+        """
+        leaders = self._find_leaders()
         if not leaders:
             # Without a trial to choose there is nothing to set time aside for.
-            return self._board.left
-        refit, finalists = self.refit_seconds(leaders), self._finalists_seconds()
+            return 0.0
+        refit, finalists = self.refit_seconds(leaders), self._finalists_seconds(leaders)
         # What would take too much of the time is left out: the search itself finds more. Trials take a while to end.
         reserves = (refit + finalists + _PHASE_SECONDS if finalists else refit, refit, 0.0)
-        reserve = next(seconds for seconds in reserves if seconds <= _ENDING_SHARE * self._limit)
-        return self._board.left - reserve - _CLOSING_SECONDS
+        return _CLOSING_SECONDS + next(seconds for seconds in reserves if seconds <= _ENDING_SHARE * limit)
 
     def is_late(self, reserve: float = 0.0) -> bool:
         """Whether only `reserve` seconds and the closing are left."""
@@ -114,17 +127,6 @@ class Timing:
             write_clock(self._folder, self._board.elapsed)
             self._saved = time.monotonic()
 
-    def _leaders(self) -> list[TrialRecord]:
-        """The trials that lead now; those of them that get to their end will be the finalists.
-
-        Tune asks at every turn whether the search is over: a twentieth of the time goes into looking at most.
-        """
-        started = time.monotonic()
-        if started >= self._next_look:
-            self._leading = self._find_leaders()
-            self._next_look = started + 20 * (time.monotonic() - started)
-        return self._leading
-
     def _find_leaders(self) -> list[TrialRecord]:
         records = list(self._board.records.values())
         # A result without its checkpoint can't be chosen yet.
@@ -132,8 +134,7 @@ class Timing:
         measured.sort(key=lambda r: self._board.value(r) or 0.0, reverse=self._board.larger)
         return measured[: max(1, self._search.retrained)]
 
-    def _finalists_seconds(self) -> float:
-        leaders = self._leaders()
+    def _finalists_seconds(self, leaders: Sequence[TrialRecord]) -> float:
         if len(leaders) < 2 or not self.rounds_are_worth_it(leaders):
             return 0.0
         return _PHASE_SECONDS + self._round_seconds(leaders)

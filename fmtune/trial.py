@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,12 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from fmtune.batches import Batches, place_images
 from fmtune.checkpoint import create_preprocess, load_training, save_training
 from fmtune.collectives import trim_transfers
-from fmtune.config import ResourcesConfig, TrialConfig
+from fmtune.config import ModelConfig, ResourcesConfig, TrialConfig
 from fmtune.data import Classes, TrainingData, to_arrow, weights_folder
 from fmtune.errors import FmtuneError
 from fmtune.failures import DEATHS
 from fmtune.model import Pixels, create_model
-from fmtune.pretrained import load_pretrained
+from fmtune.pretrained import Weights, load_pretrained, read_weights, weights_key
 from fmtune.seeds import derive_seed
 from fmtune.storage import fetch
 from fmtune.stored import Images, StoredImages, StoredTable
@@ -85,10 +85,11 @@ class Task:
 
 @dataclass(frozen=True)
 class SharedData:
-    """The training data as all trials share them: one Ray Dataset, and which of its rows each part has.
+    """What all trials share: one Ray Dataset, which of its rows each part has, and weights to start from.
 
     Images that stay in the cache are read from there by each process. `key` names the content, so that a process that
-    has it on its device need not fetch it again.
+    has it on its device need not fetch it again. Weights lie in Ray's object store by `weights_key`: other nodes have
+    not got the driver's files.
     """
 
     key: str
@@ -97,17 +98,31 @@ class SharedData:
     validation_rows: NDArray[np.int64]
     pixels: Pixels
     classes: Classes
+    weights: Mapping[str, ray.ObjectRef[Weights]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, data: TrainingData) -> SharedData:
-        """Put the images into Ray's object store, or tell where in the cache they stay."""
+    def of(cls, data: TrainingData, weights: Mapping[str, Weights] | None = None) -> SharedData:
+        """Put the images into Ray's object store, or tell where in the cache they stay; and put weights there too."""
         dataset: ray.data.Dataset | StoredTable
         if isinstance(data.images, StoredImages):
             dataset = StoredTable(data.images, data.labels)
         else:
             dataset = ray.data.from_arrow(to_arrow(data.images, data.labels))
         key = f"{data.loaded.key}-{len(data.images)}"
-        return cls(key, dataset, data.train_rows, data.validation_rows, data.pixels, data.classes)
+        stored = {name: ray.put(value) for name, value in (weights or {}).items()}
+        return cls(key, dataset, data.train_rows, data.validation_rows, data.pixels, data.classes, stored)
+
+    def read_weights(self, config: ModelConfig) -> Weights:
+        """The weights that a network of this configuration starts from.
+
+        Raises:
+            InputError: as of `pretrained.read_weights`, for weights that are not in the store.
+        """
+        key = weights_key(config)
+        if key in self.weights:
+            return ray.get(self.weights[key])
+        # The driver reads what a sample of configurations wants, which may lack a rare one.
+        return read_weights(config, weights_folder())
 
 
 def create_task(seed: int, number: int, config: TrialConfig, resume_from: str | None = None) -> Task:
@@ -246,7 +261,7 @@ def create_training(
     torch.manual_seed(task.seed)
     network = create_model(config.model, shared.pixels.channels, len(shared.classes))
     if config.model.pretrained is not None and state is None:
-        load_pretrained(network, config.model, weights_folder(), shared.classes)
+        load_pretrained(network, config.model, shared.read_weights(config.model), shared.classes)
     return Training(
         network.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
         create_preprocess(config, shared.pixels).to(device),

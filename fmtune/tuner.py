@@ -54,7 +54,7 @@ class Watcher(Protocol):
 class StudySearch(NotStored, OptunaSearch):
     """Ray's OptunaSearch over a `Space`: trial 0 is the baseline, interrupted trials come before fresh ones.
 
-    `has_time` is asked before each trial, and ends the search without ending those in flight. `cost` of a training
+    `has_time` is asked before each fresh trial; without it none is begun any more. `cost` of a training
     orders the random trials that the sampler starts from; so many trials of the run have been started before.
 
     An Optuna trial ends COMPLETE where it reached its last epoch, PRUNED where it was stopped before, FAIL (by
@@ -99,12 +99,10 @@ class StudySearch(NotStored, OptunaSearch):
         return cast(optuna.Study, self._ot_study)
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Tune's configuration of the next trial, or its word for no more where no time is left for one."""
-        if not self._has_time():
-            # Ray's type of the method leaves out the marker that its documentation asks for.
-            return Searcher.FINISHED  # type: ignore[return-value]
+        """Tune's configuration of the next trial, or its word for no more."""
         task = self._next_task()
         if task is None:
+            # Ray's type of the method leaves out the marker that its documentation asks for.
             return None if self._running else Searcher.FINISHED  # type: ignore[return-value]
         self._ot_trials[trial_id] = self._trial_of(task.trial_number)
         self._tasks[trial_id] = self._running[trial_id] = task
@@ -118,7 +116,9 @@ class StudySearch(NotStored, OptunaSearch):
 
     def _next_task(self) -> Task | None:
         """What is to be trained next; None if that depends on what is being trained, or there is nothing more."""
-        return self._interrupted.pop(0) if self._interrupted else self._create_task()
+        if self._interrupted:
+            return self._interrupted.pop(0)
+        return self._create_task() if self._has_time() else None
 
     def _create_task(self) -> Task:
         """The task of a trial that the study is asked for."""
@@ -191,7 +191,7 @@ class PopulationSearch(StudySearch):
         waiting = [r for r in self._records.values() if r.state == "running" and r.number not in busy]
         if any(record.number == 0 for record in waiting):
             return self._task_of(self._records[0])
-        if len(self._own) < self._searched.trials:
+        if len(self._own) < self._searched.trials and self._has_time():
             task = self._create_task()
             return task if task.number == 0 else self._cut(task, TrialRecord(task.trial_number, task.config, {}))
         if not waiting:
@@ -357,8 +357,8 @@ def run_trials(
             scheduler=scheduler or InOrder(),
             num_samples=trials,
             # Without a bound Tune keeps a trial waiting for room, which is what makes an autoscaler add a node. The
-            # drivers of workers want no room for themselves, so theirs would all start at once.
-            max_concurrent_trials=None if can_grow and resources.workers == 1 else count_slots(resources),
+            # drivers of a `TorchTrainer` want no room for themselves, so theirs would all start at once.
+            max_concurrent_trials=None if can_grow and (pooled or resources.workers == 1) else count_slots(resources),
             # A trial blocked in a nested TorchTrainer can't hand its process on.
             reuse_actors=pooled or resources.workers == 1,
             trial_dirname_creator=lambda trial: trial.config["name"],

@@ -28,8 +28,12 @@ SPACE = {
     "trial": {
         "epochs": EPOCHS,
         "batch_size": {"choice": [128, 256, 512]},
-        "model": {"depth": {"choice": [10, 18, 34]}, "width": {"int": [8, 64]}},
-        "augment": {"erase": {"float": [0, 0.5]}},
+        "model": {
+            "depth": {"choice": [10, 18, 34]},
+            "width": {"int": [8, 64]},
+            "channels": {"choice": [None, 3]},
+        },
+        "augment": {"erase": {"float": [0, 0.5]}, "cutmix": {"choice": [0, 1.0]}},
         "optim": {
             "name": {"choice": ["adamw", "sgd", "muon"]},
             "lr": {"log": [1.0e-4, 3.0e-2]},
@@ -47,7 +51,7 @@ DIFFERENCE = {"difference": 0.0788, "interval": [0.0544, 0.1032], "p_value": 1e-
 def create_run(path: Path, trials: int = 40, *, test: bool = True, overfit: bool = False) -> RunFolder:
     """A search's folder: the learning rate decides, and two trials of three are stopped early."""
     space = Space.load(SPACE)
-    folder = RunFolder.create(path, space.to_yaml())
+    folder = RunFolder.create(path, space.to_yaml(), "made-up")
     records = [_create_record(space, number, overfit) for number in range(trials)]
     if trials > 5:
         records[5].state, records[5].history = "failed", []
@@ -62,7 +66,7 @@ def create_run(path: Path, trials: int = 40, *, test: bool = True, overfit: bool
 def create_training(path: Path) -> RunFolder:
     """A single training's folder, without a test split."""
     space = Space.load({"data": {"train": "images.csv"}, "trial": {"epochs": EPOCHS}}).as_single_training()
-    folder = RunFolder.create(path, space.to_yaml())
+    folder = RunFolder.create(path, space.to_yaml(), "made-up")
     record = TrialRecord(0, space.baseline, {}, "complete", _create_history(0.8, EPOCHS, False))
     _write(folder, [record], [])
     summary = _summarise([record], record, test=False)
@@ -91,16 +95,20 @@ class _Draws:
     """A trial's draws, the same ones each time."""
 
     def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
+        self._seed = seed
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
-        return self._random.choice(choices)
+        return self._random_of(name).choice(choices)
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
-        return self._random.randint(low, high)
+        return self._random_of(name).randint(low, high)
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return math.exp(self._random.uniform(math.log(low), math.log(high))) if log else self._random.uniform(low, high)
+        drawn = self._random_of(name)
+        return math.exp(drawn.uniform(math.log(low), math.log(high))) if log else drawn.uniform(low, high)
+
+    def _random_of(self, name: str) -> random.Random:
+        return random.Random(f"{self._seed} {name}")
 
 
 def _create_history(quality: float, epochs: int, overfit: bool, cost: float = 1.0) -> list[EpochMetrics]:
@@ -149,6 +157,7 @@ def _summarise(records: list[TrialRecord], best: TrialRecord, test: bool) -> dic
             "difference": dict(DIFFERENCE) if test else None,
             "epochs": 6,
             "of_epochs": 6,
+            "cause": None,
         },
         "outlook": {"metric": "val_accuracy", "gain": 0.0031, "low": 0.0, "high": 0.0112, "trials": 39},
         "seconds": 605.0,

@@ -383,6 +383,20 @@ def test_pictures_are_brought_to_the_models_channels_and_size(channels: int, mod
     assert np.allclose(both.probabilities[1:], model.predict(brought).probabilities, atol=1e-5)
 
 
+def test_pictures_are_read_as_the_files_of_them_are(tmp_path: Path) -> None:
+    """Turned upright as the camera was held, and of 16 bits the upper 8: as `fmtune predict` has them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = _images(1, 1)[0, 0]
+    Image.fromarray(np.rot90(grey)).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    model = _create_model(1)
+    expected = model.predict(grey).probabilities
+    for name in ("turned.png", "deep.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert np.allclose(model.predict(picture).probabilities, expected, atol=1e-6), name
+
+
 @pytest.mark.parametrize(
     ("images", "problem"),
     [

@@ -1,8 +1,19 @@
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from fmtune.choice import stands_out
+from fmtune.board import Board
+from fmtune.choice import _Rounds, stands_out
+from fmtune.config import TrialConfig
+from fmtune.run import RunFolder, TrialRecord
+from fmtune.space import Space
+from fmtune.timing import Timing
+from fmtune.training import EpochMetrics
+from fmtune.trial import Task, create_task
 
 
 @pytest.mark.parametrize(
@@ -25,3 +36,22 @@ def test_a_candidate_stands_out_by_the_standard_error_of_the_difference(
     values: list[list[float]], expected: bool
 ) -> None:
     assert stands_out(values) == expected
+
+
+def test_finalists_that_all_fail_end_the_rounds(tmp_path: Path) -> None:
+    """With a time to keep too: there is no training left to reckon with."""
+    now = time.monotonic()
+    board = Board("", 9, "val_accuracy", True, started=now, deadline=now + 3600)
+    history = [EpochMetrics(1, 0.5, 0.5, 0.9, 0.01, 1000.0, 1.0)]
+    leaders = [TrialRecord(number, TrialConfig(epochs=1), {}, "complete", history) for number in (1, 2)]
+    timing = Timing(Space.load({"search": {"time": "1h"}}), RunFolder(tmp_path), board, 1.0, lambda: 2)
+
+    def fresh(record: TrialRecord, round_: int, name: str) -> Task:
+        return replace(create_task(0, record.number, record.config), name=name)
+
+    rounds = _Rounds(leaders, fresh, timing, board)
+    for task in rounds.next_round():
+        rounds.outcomes[task.name][1].cause = "it diverged"
+    assert len(rounds.outcomes) == 2
+    assert rounds.next_round() == []
+    assert rounds.results() == {}

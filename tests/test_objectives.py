@@ -122,6 +122,18 @@ def test_a_trial_that_ends_is_entered_once() -> None:
     assert _report(scheduler, 9, 9, 0.70, 8) == TrialScheduler.STOP
 
 
+def test_a_slow_network_is_entered_at_the_rung_that_its_first_epoch_reaches_alone() -> None:
+    """On seconds it passes the first rung in its first epoch, and what it comes to later says nothing there."""
+    scheduler = _scheduler(rung="seconds", time="90s", trials=10)
+    rungs = [recorded for _, recorded in scheduler._brackets[0]._rungs]
+    trial = Trial("stub", trial_id="1", config=create_task(0, 1, TrialConfig(epochs=9)).as_dict(), stub=True)
+    first = scheduler._grace_period
+    for seconds, accuracy in ((3.5 * first, 0.8), (4 * first, 0.85)):
+        result = {"epoch": 1, "seconds": seconds, "val_accuracy": accuracy}
+        assert scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
+    assert [len(recorded) for recorded in rungs][-2:] == [1, 0]
+
+
 def test_a_resumed_search_finds_its_rungs_filled() -> None:
     scheduler, replayed = _scheduler(), _scheduler()
     for number in range(1, 7):

@@ -5,7 +5,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from fmtune.board import Board
+from fmtune.config import SearchConfig, TrialConfig
 from fmtune.outlook import MIN_VALUES, _expected_best, describe_outlook, look_ahead, project_error
+from fmtune.run import TrialRecord
+from fmtune.summary import _look_ahead
+from fmtune.training import EpochMetrics
 
 STUDIES = 300
 
@@ -109,3 +114,26 @@ def test_a_stopped_training_is_projected_by_those_that_went_on() -> None:
     assert project_error([0.4, 0.24], whole) == pytest.approx(0.24 * (1 / 2 + 1 / 3) / 2)
     assert project_error([0.4, 0.24], []) == 0.24
     assert project_error([0.5, 0.4, 0.3, 0.2], whole) == pytest.approx(0.2)
+
+
+def _create_trials(accuracies: list[float]) -> Board:
+    board = Board("", 99, "val_accuracy", True, started=0.0, deadline=None)
+    for number, accuracy in enumerate(accuracies):
+        history = [EpochMetrics(1, 0.5, 0.5, accuracy, 0.01, 100.0, 1.0)]
+        board.records[number] = TrialRecord(number, TrialConfig(epochs=1), {}, "complete", history)
+    return board
+
+
+def test_a_baseline_that_leads_is_what_there_is_to_gain_on() -> None:
+    drawn = [float(value) for value in np.random.default_rng(0).normal(0.8, 0.02, 40)]
+    behind, ahead = (_look_ahead(_create_trials([first, *drawn]), SearchConfig()) for first in (0.5, 0.95))
+    assert behind is not None and ahead is not None
+    assert behind["gain"] > 0.001
+    assert ahead["gain"] == 0
+    assert behind["trials"] == ahead["trials"] == 40
+
+
+def test_a_grid_has_no_more_trials_to_look_ahead_to() -> None:
+    board = _create_trials([0.01 * value for value in range(40)])
+    assert _look_ahead(board, SearchConfig()) is not None
+    assert _look_ahead(board, SearchConfig(sampler="grid")) is None

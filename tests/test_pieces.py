@@ -252,9 +252,9 @@ def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     assert _refusal(tmp_path / "*") == f"{tmp_path}/notes.txt: not an image; expected PNG or JPEG"
 
 
-def test_pictures_have_one_channel_or_three(tmp_path: Path) -> None:
+def test_pictures_have_other_channels_than_two(tmp_path: Path) -> None:
     Image.fromarray(sample_rows("test", 1).images[0, 0]).save(tmp_path / "a.png")
-    assert "grey or RGB, the model takes 2 channels" in _refusal(tmp_path, (2, 28, 28))
+    assert "grey, RGB or RGBA, the model takes 2 channels" in _refusal(tmp_path, (2, 28, 28))
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,14 @@ from torch import Tensor, nn
 from fmtune.checkpoint import create_preprocess, load_model, save_model
 from fmtune.classifier import TrainedModel
 from fmtune.config import ModelConfig, TrialConfig
-from fmtune.data import Classes
+from fmtune.data import Classes, load_training_data
 from fmtune.errors import InputError
 from fmtune.export import describe_export
 from fmtune.model import Pixels, Preprocess, ResNet, create_model
-from fmtune.pretrained import LoadReport, check_pretrained, imagenet_pixels, load_pretrained
+from fmtune.pretrained import LoadReport, check_pretrained, imagenet_pixels, load_pretrained, read_weights
+from fmtune.probe import read_all_weights
+from fmtune.space import Space
+from fmtune.trial import SharedData, create_task, create_training
 
 RESNET18 = {"depth": 18, "width": 64, "stem": "imagenet"}
 HEAD = ("fc.weight", "fc.bias")
@@ -76,7 +80,7 @@ def _load(
 ) -> tuple[ResNet, LoadReport]:
     torch.manual_seed(7)
     network = create_model(config, channels, classes)
-    report = load_pretrained(network, config, cache)
+    report = load_pretrained(network, config, read_weights(config, cache))
     return network.eval(), report
 
 
@@ -219,7 +223,7 @@ def test_head_of_other_classes_stays_new_though_they_are_as_many(
     torch.manual_seed(7)
     network = create_model(config, 1, 3)
     new = network.fc.weight.clone()
-    report = load_pretrained(network, config, tmp_path, Classes(labels, names))
+    report = load_pretrained(network, config, read_weights(config, tmp_path), Classes(labels, names))
     assert set(report.made_new) == set(report.left_out) == set(() if is_taken else HEAD)
     assert torch.equal(network.fc.weight, source.fc.weight if is_taken else new)
     assert torch.equal(network.conv1.weight, source.conv1.weight)
@@ -286,7 +290,7 @@ def test_every_published_depth_has_weights_to_fetch(tmp_path: Path, depth: int) 
     config = _create_config("imagenet", depth=depth)
     check_pretrained(config)
     with pytest.raises(InputError, match=rf"can't fetch https://.*/resnet{depth}-[0-9a-f]{{8}}\.pth "):
-        load_pretrained(create_model(ModelConfig(width=4), 1, 2), config, tmp_path)
+        read_weights(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +432,7 @@ def test_refused_weights_leave_the_network_as_it_was(tmp_path: Path, weights: di
     network = create_model(config, 3, 10)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(InputError):
-        load_pretrained(network, config, tmp_path)
+        load_pretrained(network, config, read_weights(config, tmp_path))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
@@ -490,9 +494,25 @@ def test_safetensors_file_cut_short_is_refused(tmp_path: Path, weights: dict[str
         _load(_create_config(path))
 
 
+def test_trials_start_from_weights_that_the_driver_has_read(ray_cluster: None, tmp_path: Path) -> None:
+    """On other machines there is no such file."""
+    source = _save_run(tmp_path / "run", 1, {"stem": "small"}, classes=10)
+    model = {"width": 4, "stem": "small", "pretrained": str(tmp_path / "run")}
+    space = Space.load({"data": {"train": "sample"}, "trial": {"model": model}})
+    data = load_training_data(space.data)
+    weights, lines = read_all_weights(space, data)
+    (line,) = lines
+    assert line.endswith("left out fc.bias, fc.weight; new fc.weight, fc.bias")
+    shutil.rmtree(tmp_path / "run")
+    shared = SharedData.of(data, weights)
+    training = create_training(create_task(0, 1, space.trial_config({})), shared, torch.device("cpu"), 0, 1, None)
+    own = training.state.network.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in source.state_dict().items() if name not in HEAD)
+
+
 def test_loading_without_pretrained_is_a_programmers_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to load"):
-        load_pretrained(create_model(ModelConfig(), 1, 2), ModelConfig(), tmp_path)
+        read_weights(ModelConfig(), tmp_path)
 
 
 def test_published_weights_get_their_own_normalisation() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fmtune.config import DataConfig, ModelConfig, TrialConfig
 from fmtune.data import TrainingData, load_training_data
-from fmtune.probe import count_operations
+from fmtune.errors import SpaceError
+from fmtune.probe import check_channels, count_operations
+from fmtune.space import Space
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +38,19 @@ def test_frozen_stages_cost_less_until_they_thaw(data: TrainingData) -> None:
     assert costs == sorted(costs, reverse=True) and len(set(costs)) == 6
     assert costs[5] < cost(freeze=5, unfreeze_epoch=4) < cost(freeze=5, unfreeze_epoch=2) < costs[0]
     assert cost(freeze=5, unfreeze_epoch=9) == costs[5]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "channels", "key"), [("seed", None, "baseline"), ("default", 3, "trial"), ("default", None, None)]
+)
+def test_networks_of_other_channels_are_refused_where_they_are_asked_for(
+    baseline: str, channels: int | None, key: str | None, data: TrainingData
+) -> None:
+    """Two channels can't be made three; the tutorial's recipe has three."""
+    two = replace(data, images=np.repeat(np.asarray(data.images[:4]), 2, axis=1))
+    space = Space.load({"baseline": baseline, "trial": {"model": {"channels": channels}}})
+    if key is None:
+        check_channels(space, two)
+        return
+    with pytest.raises(SpaceError, match=rf"^{key}\.model\.channels: 3; the images have 2, "):
+        check_channels(space, two)

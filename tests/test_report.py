@@ -35,6 +35,7 @@ from fmtune.report.read import Trial, read_run
 from fmtune.report.words import surely
 from fmtune.run import RunFolder
 from fmtune.space import Space
+from fmtune.summary import describe_summary
 from fmtune.training import EpochMetrics
 
 
@@ -129,7 +130,7 @@ def test_hover_text_gives_number_state_value_and_all_parameters(searched: RunFol
     pruned = next(trial for trial in run.searched if trial.state == "pruned" and trial.params["optim.name"] == "sgd")
     text = hover_texts(run)[pruned.number]
     assert f"trial {pruned.number}" in text and "stopped early" in text and f"{pruned.val_accuracy:.4f}" in text
-    assert all(f"{key} = " in text for key in pruned.params) and len(pruned.params) == 7
+    assert all(f"{key} = " in text for key in pruned.params) and len(pruned.params) == 9
     assert (
         "optim.momentum"
         not in hover_texts(run)[next(t.number for t in run.searched if "optim.momentum" not in t.params)]
@@ -327,6 +328,19 @@ def test_run_that_the_time_cut_short_says_so(tmp_path: Path) -> None:
     assert "it had 2 of its 6 epochs, and more time (search.time) may do better" in content
     assert "Trial 3 of 4 trials, trained for 2 of its 6 epochs." in card
     assert "3 searched trials came to a value" in content
+
+
+@pytest.mark.parametrize("epochs", [0, 3])
+def test_a_baseline_that_failed_is_not_said_to_have_had_no_time(epochs: int, tmp_path: Path) -> None:
+    folder = create_run(tmp_path / "run", trials=4)
+    summary = folder.read_summary()
+    missing = {} if epochs else {"val_accuracy": None, "test_accuracy": None, "difference": None}
+    summary["baseline"] |= missing | {"epochs": epochs, "cause": "NonFiniteLoss: nan"}
+    folder.write_summary(summary)
+    content = write_page(folder)
+    assert f"The baseline failed {'after 3 of its 6 epochs ' if epochs else ''}(NonFiniteLoss: nan), so" in content
+    said = dict(describe_summary(folder, summary))["baseline"]
+    assert "failed: NonFiniteLoss: nan" in said and "time" not in said
 
 
 def test_plots_over_parameters_want_some_trials(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from fmtune.model import count_parameters
 from fmtune.readers import Table
 from fmtune.run import RunFolder, TrialRecord
 from fmtune.search import RunResult
+from fmtune.training import EpochMetrics
 
 TINY: dict[str, Any] = {
     "epochs": 3,
@@ -287,6 +288,57 @@ def test_resuming_with_other_trials_is_refused(result: RunResult, source: Path) 
     space = _space(source, data={"test": "x"})
     with pytest.raises(RunFolderError, match=r"--resume with another `data`"):
         search(space, name="four", runs=result.folder.path.parent, resume=True)
+
+
+def test_without_time_for_more_trials_a_finished_search_keeps_its_model(
+    result: RunResult, source: Path, test_source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same trials the leader's own weights would be taken, for finalists and refit there is no time either."""
+    before = result.folder.read_summary()
+    weights = (result.folder.best / "model.safetensors").read_bytes()
+    space = _space(source, data={"test": str(test_source)}, search={"trials": 6, "time": 1.0})
+    search(space, name="four", runs=result.folder.path.parent, resume=True)
+    assert "no time is left for more trials" in capsys.readouterr().out
+    assert (result.folder.best / "model.safetensors").read_bytes() == weights
+    assert before["refit"] and before["finalists"]
+    after = result.folder.read_summary()
+    # The table comes from the cache now.
+    assert {key for key in before if before[key] != after[key]} <= {"dataset", "seconds"}
+
+
+def test_going_on_with_other_rows_is_refused(result: RunResult, source: Path, test_source: Path) -> None:
+    """As a file that has changed in its place gives, or a stand-in."""
+    space = _space(source, data={"test": str(test_source)}, search={"trials": 6})
+    rows = source.read_bytes()
+    write_csv(source, sample_rows("train", 41))
+    try:
+        with pytest.raises(RunFolderError, match=r"--resume with other data than it has trained on"):
+            search(space, name="four", runs=result.folder.path.parent, resume=True)
+    finally:
+        source.write_bytes(rows)
+
+
+def test_two_processes_are_not_at_one_run(result: RunResult, source: Path, test_source: Path) -> None:
+    """The second is refused, and what the first writes stays as it is."""
+    space = _space(source, data={"test": str(test_source)}, search={"trials": 6})
+    before = _contents(result.folder)
+    with result.folder.held(), pytest.raises(RunFolderError, match=r"another process is at this run"):
+        search(space, name="four", runs=result.folder.path.parent, resume=True)
+    assert _contents(result.folder) == before
+
+
+def test_a_last_row_of_the_history_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    """What a full disk or a loss of power leaves; the epoch that comes next has a line of its own."""
+    folder = RunFolder.create(tmp_path / "run", "", "x")
+    epochs = [EpochMetrics(i, 0.5, 0.5, 0.9, 0.01, 1000.0, 1.5 * i) for i in (1, 2)]
+    for metrics in epochs:
+        folder.append_history(1, metrics)
+    whole = folder.history.read_bytes()
+    for cut in range(1, len(whole.splitlines(keepends=True)[-1])):
+        folder.history.write_bytes(whole[:-cut])
+        assert folder.read_history() == {1: epochs[:1]}
+    RunFolder.create(tmp_path / "run", "", "x").append_history(1, epochs[1])
+    assert folder.read_history() == {1: epochs}
 
 
 def test_more_trials_extend_a_finished_search(

@@ -172,6 +172,7 @@ def test_overrides_set_values_ranges_and_sections(tmp_path: Path) -> None:
         ("trial.epochs.x=1", "--set trial.epochs.x=1: `epochs` is a value and has no keys below it"),
         ("trial.epoch=1", "--set trial.epoch=1: trial.epoch: unknown key; did you mean `epochs`?"),
         ("trial.epochs=[", "--set trial.epochs=[: not valid YAML"),
+        ("trial.model.freeze=3", "--set trial.model.freeze=3: trial.model: freeze keeps random weights"),
     ],
 )
 def test_a_mistake_in_an_override_is_told_as_one(override: str, problem: str, tmp_path: Path) -> None:
@@ -390,6 +391,24 @@ def test_what_is_set_goes_before_what_is_to_be_tried(name: str, override: str, t
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(space.to_yaml())
     assert Space.load(resolved) == space
+
+
+def test_whole_numbers_in_a_choice_of_a_float_are_floats() -> None:
+    """As a configuration has them, so that what is read of one is found among the values."""
+    space = Space.load({"trial": {"augment": {"cutmix": {"choice": [0, 1.0]}}, "epochs": {"choice": [1, 2]}}})
+    assert repr(space.ranges["augment.cutmix"].candidates) == "(0.0, 1.0)"
+    assert repr(space.ranges["epochs"].candidates) == "(1, 2)"
+
+
+@pytest.mark.parametrize("value", [2.5, True, 9, "3"])
+def test_what_is_to_be_tried_is_a_value_of_its_range(value: Any) -> None:
+    with pytest.raises(SpaceError, match=r"space: search\.try\.0: epochs: .*; expected a value of its range"):
+        Space.load({"search": {"try": [{"epochs": value}]}, "trial": {"epochs": {"int": [1, 8]}}})
+
+
+def test_an_override_is_blamed_only_for_what_the_problem_names(tmp_path: Path) -> None:
+    (problem,) = _problems("trial: {model: {freeze: 3}}", tmp_path, ("trial.model.width=8",))
+    assert problem.startswith(f"{tmp_path}/") and ".yaml:1: trial.model: freeze keeps" in problem
 
 
 def test_a_condition_may_ask_for_what_is_set_otherwise() -> None:

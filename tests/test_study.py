@@ -20,7 +20,7 @@ from tables import sample_rows, write_csv
 import fmtune
 from fmtune.errors import InputError, SpaceError
 from fmtune.space import Space
-from fmtune.study import STUDY, RunTrials, check_study, fail
+from fmtune.study import STUDY, RunTrials, check_study, fail, open_database
 
 PASSWORD = "a-secret-of-the-database"
 
@@ -133,6 +133,19 @@ def test_a_study_of_another_space_is_refused(database: str, tmp_path: Path) -> N
     other["trial"]["epochs"] = 2
     with pytest.raises(InputError, match=r"search\.storage: postgresql://.*: holds the study of another space; name"):
         check_study(Space.load(other))
+
+
+def test_a_dashboard_cannot_change_a_shared_study(database: str) -> None:
+    optuna.create_study(study_name=STUDY, storage=_url(database)).ask()
+    storage = open_database(database, is_read_only=True)
+    study = optuna.load_study(study_name=STUDY, storage=storage)
+    with pytest.raises(optuna.exceptions.StorageInternalError):
+        study.ask()
+    with pytest.raises(optuna.exceptions.StorageInternalError):
+        optuna.delete_study(study_name=STUDY, storage=storage)
+    storage.remove_session()
+    storage.engine.dispose()
+    assert len(optuna.load_study(study_name=STUDY, storage=_url(database)).trials) == 1
 
 
 def test_a_database_that_can_not_be_reached_is_told_before_anything_starts(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fmtune.config import AugmentConfig, ModelConfig, OptimConfig, TrialConfig
 from fmtune.data import measure_pixels
 from fmtune.datasets import read_named
 from fmtune.model import ResNet, create_model
-from fmtune.pretrained import load_pretrained
+from fmtune.pretrained import load_pretrained, read_weights
 from fmtune.training import evaluate, fit
 
 FEW = 20
@@ -44,7 +44,7 @@ def _train(batches: Batches, model: ModelConfig, epochs: int, seed: int = 0) -> 
     torch.manual_seed(seed)
     network = create_model(model, 1, 5)
     if model.pretrained is not None:
-        load_pretrained(network, model, Path("none"))
+        load_pretrained(network, model, read_weights(model, Path("none")))
     config = TrialConfig(
         epochs=epochs, batch_size=50, model=model, augment=AugmentConfig(flip=False), optim=OptimConfig(lr=0.01)
     )

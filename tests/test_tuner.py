@@ -2,14 +2,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import optuna
 import pytest
 from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
 
 from fmtune.errors import SpaceError
 from fmtune.run import TrialRecord
 from fmtune.schedulers import Asha, create_scheduler
 from fmtune.space import Space
+from fmtune.study import STUDY, RunTrials
 from fmtune.training import EpochMetrics
+from fmtune.trial import create_task
+from fmtune.tuner import StudySearch
 
 
 def _space(**search: Any) -> Space:
@@ -120,6 +125,33 @@ def test_the_median_rule_knows_of_earlier_trials() -> None:
     assert report(4, 3, 0.1) == "CONTINUE", "its best, 0.7, counts"
     assert report(5, 1, 0.64) == "CONTINUE"
     assert report(6, 1, 0.58) == "STOP", "the median of 0.5, 0.6, 0.6, 0.64 and 0.7 is more"
+
+
+def test_the_median_rule_goes_on_after_trials_without_an_epoch() -> None:
+    """One failed before its first, and one was interrupted in it."""
+    space = _space(scheduler="median")
+    earlier = [TrialRecord(1, space.baseline, {}, "failed"), TrialRecord(2, space.baseline, {}, "running")]
+    scheduler = create_scheduler(space, earlier, 1)
+    trials = {number: _stand_in(number) for number in (2, 3, 4)}
+    for trial in trials.values():
+        scheduler.on_trial_add(None, trial)
+        assert scheduler.on_trial_result(None, trial, {"epoch": 1, "val_accuracy": 0.5}) == "CONTINUE"
+
+
+@pytest.mark.parametrize("time_is_left", [False, True])
+def test_without_time_for_a_fresh_trial_an_interrupted_one_still_goes_on(time_is_left: bool) -> None:
+    space, storage, own = _space(), optuna.storages.InMemoryStorage(), RunTrials(None)
+    study = optuna.create_study(storage=storage, study_name=STUDY)
+    own.ask(study)
+    space.suggest(own.ask(study))
+    going_on = create_task(0, 1, space.baseline, resume_from="epoch-5")
+    searcher = StudySearch(space, storage, own, [going_on], lambda: time_is_left, lambda config: 0.0, started=2)
+    assert searcher.suggest("a") == going_on.as_dict()
+    fresh = searcher.suggest("b")
+    assert fresh["number"] == 2 if time_is_left else fresh is None
+    searcher.on_trial_complete("a", {"epoch": 9, "val_accuracy": 0.8})
+    if not time_is_left:
+        assert searcher.suggest("c") == Searcher.FINISHED
 
 
 @pytest.mark.parametrize("search", [{}, {"time": "1m", "scheduler": "median"}])

@@ -6,7 +6,6 @@ Nothing is read before `read_named` is called.
 from __future__ import annotations
 
 import hashlib
-import socket
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import numpy as np
 from pyarrow import fs
 
 from fmtune.errors import DataError
-from fmtune.files import File
+from fmtune.files import File, download_timeout
 from fmtune.readers import Layout, Table, read_files
 
 Split = Literal["train", "test"]
@@ -56,8 +55,6 @@ _FASHION_SHA256 = {
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 """Of the uncompressed files: distributions compress them anew, so the compressed ones differ."""
-_DOWNLOAD_TIMEOUT = 30.0
-"""Seconds without an answer after which a download is given up."""
 
 
 def read_named(name: str, split: Split, cache: Path) -> tuple[Table, str]:
@@ -94,19 +91,16 @@ def _open_builtin(name: str, split: Split, cache: Path) -> Any:
         return create(str(cache), train=split == "train", download=False, **options)
     except RuntimeError:
         pass  # torchvision's answer for "not here"
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        return create(str(cache), train=split == "train", download=True, **options)
+        with download_timeout():
+            return create(str(cache), train=split == "train", download=True, **options)
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise DataError(
             f"{name}: not in {cache}, and its download failed ({reason}); set data.fallback: sample to train on the "
             "bundled sample instead, or give a file"
         ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 def _table_of_builtin(dataset: Any) -> Table:

@@ -149,10 +149,12 @@ def describe_caveats(run: Run, gain: Gain) -> list[str]:
         texts.append(f"Validation accuracy{chose}: {percent(summary['val_accuracy'])}.")
     reference = summary["baseline"]
     if reference and not reference["epochs"]:
-        texts.append("The baseline had no time to finish an epoch, so there is nothing to compare the result with.")
+        why = f"failed ({reference['cause']})" if reference.get("cause") else "had no time to finish an epoch"
+        texts.append(f"The baseline {why}, so there is nothing to compare the result with.")
     elif reference and reference["epochs"] < reference["of_epochs"]:
         done = f"{reference['epochs']} of its {reference['of_epochs']} epochs"
-        texts.append(f"The baseline had time for {done} only, so the gain is partly one of training longer.")
+        why = f"failed after {done} ({reference['cause']})" if reference.get("cause") else f"had time for {done} only"
+        texts.append(f"The baseline {why}, so the gain is partly one of training longer.")
     if summary["outlook"]:
         texts.append(f"Is more tuning worth it? By the trials so far, {describe_outlook(summary['outlook'])}.")
     return texts

@@ -183,7 +183,7 @@ def _read_trials(folder: RunFolder, space: Space) -> list[Trial]:
 
 
 def _parse_trial(row: Mapping[str, str], space: Space, epochs: Sequence[EpochMetrics]) -> Trial:
-    params = {key: _parse_value(row.get(f"params.{key}") or "", searched) for key, searched in space.ranges.items()}
+    texts = {key: text for key in space.ranges if (text := row.get(f"params.{key}"))}
     return Trial(
         number=int(row["number"]),
         state=row["state"],
@@ -191,7 +191,7 @@ def _parse_trial(row: Mapping[str, str], space: Space, epochs: Sequence[EpochMet
         val_accuracy=_parse_number(row["val_accuracy"]),
         val_loss=_parse_number(row["val_loss"]),
         seconds=float(row["seconds"]),
-        params={key: value for key, value in params.items() if value is not None},
+        params={key: _parse_value(text, space.ranges[key]) for key, text in texts.items()},
         epochs=epochs,
         objectives={name: _parse_number(row[name]) for name in space.search.objectives[1:]},
         is_on_front=row.get("pareto") == "True",
@@ -199,11 +199,13 @@ def _parse_trial(row: Mapping[str, str], space: Space, epochs: Sequence[EpochMet
 
 
 def _parse_value(text: str, searched: Range) -> Scalar:
-    """A parameter as its range draws it; None where the trial had none."""
+    """A parameter as its range draws it."""
+    if text == "null":
+        return None
     if isinstance(searched, Choice):
         by_text = {str(value): value for value in searched.values}
         # The baseline may have a value that the space has not.
-        return by_text.get(text, text or None)
+        return by_text.get(text, text)
     number = _parse_number(text)
     return int(number) if number is not None and searched.kind == "int" else number
 

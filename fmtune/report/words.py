@@ -31,7 +31,9 @@ def decimal(value: float | None) -> str:
 
 
 def scalar(value: Scalar) -> str:
-    """A configured value; floats to four digits."""
+    """A configured value as YAML has it; floats to four digits."""
+    if value is None:
+        return "null"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

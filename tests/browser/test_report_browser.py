@@ -153,7 +153,8 @@ def test_every_plot_is_drawn_in_silence(
     browser.requests(folder.report)
     browser.open(folder.report, width, scheme)
     drawn = browser.run(_COUNT_SHAPES)
-    assert len(drawn) == (16 if kind == "searched" else 2)
+    # A slice of each of nine parameters, and nine others.
+    assert len(drawn) == (18 if kind == "searched" else 2)
     assert all(traces and shapes for _, traces, shapes, _ in drawn), drawn
     assert all(200 < plot_width <= width for *_, plot_width in drawn), drawn
     assert browser.console() == []

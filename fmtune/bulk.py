@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pyarrow as pa
 import ray
@@ -50,7 +51,11 @@ def predict_pieces(
         RunFailed: there is no Ray, or it lost a process and could not make up for it.
     """
     # Ray keeps its own log in its session folder.
-    with interruptible() as check, quiet() as screen, ray_session(ResourcesConfig(), address):
+    with (
+        interruptible() as check,
+        quiet() as screen,
+        ray_session(ResourcesConfig(), address, partial(screen.console.print, markup=False, highlight=False)),
+    ):
         tables = _create_dataset(pieces, model, are_here).iter_batches(batch_size=_ROWS_WRITTEN, batch_format="pyarrow")
         rows = 0
         with screen.console.status("predicting") as status:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fmtune.classifier import TrainedModel
 from fmtune.config import TrialConfig
 from fmtune.data import Classes
-from fmtune.errors import RunFolderError
+from fmtune.errors import RunFolderError, first_line
 from fmtune.files import write_whole
 from fmtune.model import Pixels, Preprocess, create_model
 from fmtune.pretrained import imagenet_pixels
@@ -61,17 +61,20 @@ def load_model(folder: Path) -> TrainedModel:
     """Read what `save_model` wrote.
 
     Raises:
-        RunFolderError: a file is missing.
+        RunFolderError: a file is missing, or not as `save_model` writes it.
     """
     for name in ("model.safetensors", "config.json", "classes.json"):
         if not (folder / name).exists():
             raise RunFolderError(f"{folder / name}: no such file; expected a finished run")
-    config = read_json(folder / "config.json")
-    classes = Classes.of_entries(read_json(folder / "classes.json"))
-    saved = config["pixels"]
-    pixels = Pixels(saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["resize"])
-    trial = TrialConfig.model_validate(config["trial"])
-    return create_trained_model(trial, pixels, classes, tuple(config["shape"]), load_file(folder / "model.safetensors"))
+    try:
+        config = read_json(folder / "config.json")
+        classes = Classes.of_entries(read_json(folder / "classes.json"))
+        saved = config["pixels"]
+        pixels = Pixels(saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["resize"])
+        trial, weights = TrialConfig.model_validate(config["trial"]), load_file(folder / "model.safetensors")
+        return create_trained_model(trial, pixels, classes, tuple(config["shape"]), weights)
+    except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
+        raise RunFolderError(f"{folder}: damaged, or of another version of fmtune ({first_line(error)})") from None
 
 
 def save_training(folder: Path, state: dict[str, Any], metrics: EpochMetrics) -> None:

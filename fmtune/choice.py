@@ -53,7 +53,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Note:
-    """A choice as it is kept: the winner's number, and the checkpoint of the refit if there is one."""
+    """A choice as it is kept: the winner's number, and the refit's checkpoint in Tune's folder if there is one."""
 
     winner: int
     finalists: Mapping[int, Sequence[EpochMetrics]]
@@ -230,7 +230,8 @@ class Chooser:
         else:
             winner = self._pick_of_front(self._context.objectives, ranked)
         refit = self._refit(winner)
-        return _Note(winner.number, finalists, refit.checkpoint if refit else None, self._images_trained)
+        checkpoint = self._context.storage.name_of(refit.checkpoint) if refit and refit.checkpoint else None
+        return _Note(winner.number, finalists, checkpoint, self._images_trained)
 
     def _read_note(self) -> _Note | None:
         """An earlier attempt's choice, if it is of the same trials and what is asked for, or no time is left.
@@ -241,10 +242,11 @@ class Chooser:
         if not file.exists():
             return None
         content, asked = read_json(file), self._asked()
+        noted = _Note.of_json(content)
+        is_there = noted.refit is None or not self._context.storage.below(noted.refit).is_empty()
         is_of_same = all(content["asked"][key] == asked[key] for key in ("trials", "epochs"))
-        if is_of_same and (content["asked"] == asked or self._timing.search_is_over()):
-            return _Note.of_json(content)
-        return None
+        stands = is_there and is_of_same and (content["asked"] == asked or self._timing.search_is_over())
+        return noted if stands else None
 
     def _asked(self) -> dict[str, float | None]:
         """What a choice depends on: the trials, of which there are only ever more, and how the search is to end."""
@@ -375,7 +377,7 @@ class Chooser:
 
     def _refitted_model(self, winner: TrialRecord, checkpoint: str) -> TrainedModel:
         data = self._context.data
-        with fetch(checkpoint) as folder:
+        with fetch(self._context.storage.below(checkpoint).place) as folder:
             weights = load_weights(folder)
         return create_trained_model(winner.config, self._all_pixels(), data.classes, data.image_shape, weights)
 

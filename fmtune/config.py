@@ -143,8 +143,9 @@ class DataConfig(Config):
     resize: PositiveInt | None = None
     """Pixels of the shorter side that the network sees, bilinear; null takes the images as they are."""
     memory: Size | None = None
-    """Bytes of images that a process may hold, such as 2G; of a larger source it streams the rows from the cache, and
-    shuffles them within so many. null takes what the machine can spare for as many processes as it has CPUs."""
+    """Bytes of images that a process may hold, such as 2G, on its GPU if it has one; of a larger source it streams the
+    rows from the cache, and shuffles them within so many. null takes what the machine (its GPUs aside) can spare for
+    as many processes as it has CPUs."""
 
 
 def _without_sign(name: object) -> object:

@@ -14,6 +14,11 @@ import pyarrow.csv as pacsv
 from fmtune.errors import DataError
 from fmtune.files import File
 
+_BLOCK_BYTES = 2**20
+"""Text that pyarrow takes in at a time."""
+_CELL_BYTES = 8
+"""Characters of a value at most, but for a label's: pixels have three, a comma, and perhaps spaces or quotes."""
+
 
 @dataclass(frozen=True)
 class Csv:
@@ -24,15 +29,19 @@ class Csv:
         header: names of the columns, None where the first line is already data.
         width: number of columns.
         label: position of the label's column, None if there is none.
+        ignores_labels: whether that column is left out of the tables, whatever it holds.
     """
 
     file: File
     header: list[str] | None
     width: int
     label: int | None
+    ignores_labels: bool = False
 
     def parse(self, stream: Any, *, has_header: bool) -> pa.Table:
         """A table of the file's columns, pixels uint8 and labels int64, from a stream of some of its lines.
+
+        Without the labels where they are ignored.
 
         Args:
             stream: what pyarrow reads, of whole lines.
@@ -43,12 +52,17 @@ class Csv:
         """
         names = [f"c{i}" for i in range(self.width)]
         types = {name: pa.int64() if position == self.label else pa.uint8() for position, name in enumerate(names)}
+        if self.label is not None and self.ignores_labels:
+            del types[names[self.label]]
         skipped = 1 if has_header and self.header is not None else 0
         try:
             table = pacsv.read_csv(
                 stream,
-                read_options=pacsv.ReadOptions(column_names=names, skip_rows=skipped),
-                convert_options=pacsv.ConvertOptions(column_types=types),
+                # A row must fit into a block of what is read at a time.
+                read_options=pacsv.ReadOptions(
+                    column_names=names, skip_rows=skipped, block_size=max(_BLOCK_BYTES, _CELL_BYTES * self.width)
+                ),
+                convert_options=pacsv.ConvertOptions(column_types=types, include_columns=list(types)),
             )
         except pa.ArrowInvalid as error:
             raise self._find_error(str(error)) from None
@@ -62,7 +76,7 @@ class Csv:
         """The first cell that spoils the file; the fast parser names neither its line nor its column for sure."""
         line = 0
         with self.file.open() as stream:
-            for line, row in enumerate(_rows(stream), start=1):
+            for line, row in enumerate(_rows(stream, self.file.place), start=1):
                 problem = None if line == 1 and self.header is not None else self._find_row_error(row)
                 if problem is not None:
                     return DataError(f"{self.file.place}:{line}: {problem}")
@@ -76,6 +90,8 @@ class Csv:
         if len(row) != self.width:
             return f"{len(row)} values; expected {self.width}, as in the first line"
         for position, value in enumerate(row):
+            if position == self.label and self.ignores_labels:
+                continue
             column = f"column {position}" if self.header is None else f"column {self.header[position]}"
             if not _is_integer(value):
                 return f"{column}: {value!r}; expected an integer"
@@ -93,21 +109,26 @@ def read_header(file: File) -> tuple[list[str] | None, int]:
         DataError: the file is empty, or has one column.
     """
     with file.open() as stream:
-        first = next(_rows(stream), None)
+        first = next(_rows(stream, file.place), None)
     if first is None:
         raise DataError(f"{file.place}: the file is empty; expected a line of column names or of numbers")
     if len(first) < 2:
         raise DataError(f"{file.place}:1: one column only; expected a label and pixels, separated by commas")
-    # Names of columns differ from one another; a row of numbers with a word among them is a spoiled row.
-    is_header = not all(map(_is_integer, first)) and len(set(first)) == len(first)
+    # Names of columns differ from one another; a row of numbers with a word among them is a spoiled row. pandas numbers
+    # columns that have no names.
+    is_named = not all(map(_is_integer, first)) and len(set(first)) == len(first)
+    is_header = is_named or (len(first) > 2 and first == [str(position) for position in range(len(first))])
     return (first if is_header else None), len(first)
 
 
-def _rows(stream: IO[bytes]) -> Iterator[list[str]]:
+def _rows(stream: IO[bytes], place: str) -> Iterator[list[str]]:
     lines = (
         line.decode("utf-8-sig" if number == 0 else "utf-8", "replace") for number, line in enumerate(_lines(stream))
     )
-    return csv.reader(lines)
+    try:
+        yield from csv.reader(lines)
+    except csv.Error as error:
+        raise DataError(f"{place}: no CSV ({error}); expected lines that end in LF, of values with commas") from None
 
 
 def _lines(stream: Any) -> Iterator[bytes]:

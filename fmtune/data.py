@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import platformdirs
@@ -26,7 +27,7 @@ from fmtune.readers import Layout, Table, complete_idx, read_files, to_tensors
 from fmtune.sources import find_files, open_place
 from fmtune.stored import Images, StoredImages, StoredTable, read_table, write_table
 
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
 """Part of each cached table's key: raise it when what is stored for a source changes."""
 _UNPACKED = 10
 """Bytes of pixels that a byte of a compressed file may hold; in other files it is one at most."""
@@ -321,11 +322,13 @@ def _load_files(source: str, layout: Layout, memory: int) -> Loaded:
         return Loaded(read_table(cached, memory), source, origin, key)
     table = read_files(files, layout)
     write_table(cached, [table])
-    return Loaded(table, source, origin, key)
+    # Well compressed, it may have been more than its files' sizes made expect.
+    is_held = table.images.nbytes <= memory
+    return Loaded(table if is_held else read_table(cached, memory), source, origin, key)
 
 
 def _most_pixels(file: File) -> int:
-    """Bytes of pixels that a file may hold."""
+    """Bytes of pixels that a file may be expected to hold."""
     return file.size * (_UNPACKED if file.path.endswith((".gz", ".parquet", ".pq")) else 1)
 
 
@@ -356,7 +359,10 @@ def _identify(files: list[File], layout: Layout) -> str:
 def _cached(key: str) -> File:
     """Where the cache has, or is to have, a parsed table."""
     place = os.environ.get("FMTUNE_CACHE", "")
-    return open_place(f"{place.rstrip('/') if is_url(place) else cache_folder()}/tables/{key}.parquet")
+    if not is_url(place):
+        return open_place(f"{cache_folder()}/tables/{key}.parquet")
+    url = urlsplit(place)
+    return open_place(url._replace(path=f"{url.path.rstrip('/')}/tables/{key}.parquet").geturl())
 
 
 def _spare_memory() -> int:

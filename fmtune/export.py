@@ -67,9 +67,10 @@ def export(run: str | PathLike[str], output: str | Path, kind: Kind, *, runs: st
 def describe_export(model: TrainedModel, kind: Kind) -> dict[str, Any]:
     """What the user of an exported file must know, as JSON values.
 
-    `shape` is (channels, height, width) of an image. `normalisation` is of pixels scaled to 0..1, one entry for each of
-    the network's channels (`channels` of `model`: 3 may see a grey image three times), then brought to `resize` on the
-    shorter side unless it is null; `inside` says whether the file does both. `model` has all that rebuilds the network.
+    `shape` is (channels, height, width) of an image. `normalisation` is of pixels scaled to 0..1, with a mean and a
+    standard deviation for each of these channels, or where ImageNet's weights see a grey image three times for each of
+    those; then pixels are brought to `resize` on the shorter side unless it is null. `inside` says whether the file
+    does both. `model` has all that rebuilds the network.
     """
     inside = kind != "safetensors"
     pixels = model.preprocess.pixels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ class File:
 
     @property
     def exists(self) -> bool:
-        return bool(self.system.get_file_info(self.path).type == fs.FileType.File)
+        with readable(self):
+            return bool(self.system.get_file_info(self.path).type == fs.FileType.File)
 
     @property
     def size(self) -> int:
@@ -51,12 +53,14 @@ def check_writable(output: Path) -> None:
     """Refuse a path that no file can be written to.
 
     Raises:
-        InputError: its folder is not there, or it is a folder.
+        InputError: its folder is not there, it is a folder, or this user may not write there.
     """
     if not output.parent.is_dir():
         raise InputError(f"{output}: no folder {output.parent}; make it, or name one that exists")
     if output.is_dir():
         raise InputError(f"{output}: is a folder; expected a file's name")
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"{output}: this user may not write to {output.parent}; choose another folder")
 
 
 def write_whole(path: Path, text: str) -> None:

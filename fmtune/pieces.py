@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import PurePosixPath
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -28,9 +27,9 @@ from fmtune.readers import (
     fit_layout,
     format_of,
     idx_header_bytes,
-    labels_beside,
+    is_idx_labels,
     open_csv,
-    pair_idx,
+    pair_labels,
     parse_idx_header,
     read_idx_labels,
     table_of_arrow,
@@ -59,7 +58,7 @@ class Piece(Generic[Block]):
 
     Attributes:
         read: gives its rows in order, block by block; may raise a DataError.
-        work: about how many bytes of files or of pixels have to be read, whichever are more.
+        work: about how many bytes of pixels it has, or of files where they are more.
         blocks: about how many blocks that makes.
     """
 
@@ -96,9 +95,9 @@ def find_pieces(source: str, label: str | int, shape: tuple[int, int, int]) -> l
     if any(is_picture(file.path) for file in files):
         return _split_pictures(files, "", shape)
     channels, height, width = shape
-    layout = Layout(label, (height, width, channels))
+    layout = Layout(label, (height, width, channels), ignores_labels=True)
     # An IDX file of labels may lie beside that of its images, and be named by the same glob.
-    images = [file for file in files if "idx1" not in PurePosixPath(file.path).name]
+    images = [file for file in files if not is_idx_labels(file)]
     if not images:
         raise DataError(f"{source}: labels alone; name the images, such as train-images-idx3-ubyte.gz")
     pieces = []
@@ -115,15 +114,14 @@ def find_labelled_pieces(files: Sequence[File], layout: Layout) -> list[Piece[Ta
     Raises:
         DataError: a file is of no known format, malformed, or of another shape than the first.
     """
-    images, labels = pair_idx(files)
+    pairs = pair_labels(files)
     pieces: list[Piece[Table]] = []
-    shapes = [_shape_of(file, layout) for file in images]
-    for file, shape in zip(images, shapes, strict=True):
-        check_same_shape(file, shape, images[0], shapes[0])
-        if format_of(file) == "idx" and labels is None:
-            pieces += _split_table(file, layout, shape, labels_beside(file))
-        else:
-            pieces += _split_table(file, layout, shape, labels)
+    shapes = [_shape_of(file, layout) for file, _ in pairs]
+    for (file, labels), shape in zip(pairs, shapes, strict=True):
+        check_same_shape(file, shape, pairs[0][0], shapes[0])
+        channels, height, width = shape
+        # Rows further down may be of another.
+        pieces += _split_table(file, replace(layout, shape=(height, width, channels)), shape, labels)
     return pieces
 
 
@@ -154,7 +152,10 @@ def _split_csv(file: File, layout: Layout) -> list[Piece[Table]]:
         # Compressed text has no other beginning than its first byte.
         work = size * _UNZIPPED
         return [Piece(partial(_read_compressed_csv, csv, shape, step), work, 1 + work // BLOCK_BYTES)]
-    return [Piece(partial(_read_csv, csv, shape, start, start + step), step // 2) for start in range(0, size, step)]
+    return [
+        Piece(partial(_read_csv, csv, shape, start, start + step), min(step, size - start) // 2)
+        for start in range(0, size, step)
+    ]
 
 
 def _read_csv(csv: Csv, shape: Shape, start: int, stop: int) -> Iterator[Table]:
@@ -188,7 +189,7 @@ def _parse_csv(csv: Csv, shape: Shape, text: bytes, *, is_first: bool) -> Iterat
     # Empty lines are passed over, but a text of nothing else is an error to the parser.
     if text and not text.isspace():
         table = csv.parse(pa.BufferReader(text), has_header=False)
-        yield table_of_columns(table, csv.label, shape)
+        yield table_of_columns(table, None if csv.ignores_labels else csv.label, shape)
 
 
 def _split_parquet(file: File, layout: Layout, shape: tuple[int, int, int]) -> list[Piece[Table]]:

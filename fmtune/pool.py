@@ -66,7 +66,8 @@ class PooledTrial(tune.Trainable):
                 self._deaths += 1
                 self.cleanup()
                 if self._deaths > DEATHS:
-                    raise RuntimeError(f"a worker died for the {self._deaths}th time: {error}") from None
+                    what = "died" if isinstance(error, RayActorError) else "failed"
+                    raise RuntimeError(f"a worker {what} for the {self._deaths}th time: {error}") from None
         return metrics.as_dict() | {"done": metrics.epoch == self._task.last_epoch}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

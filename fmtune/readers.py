@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -41,10 +42,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a table's columns are to be read: the label's column, None if there is none, and the shape of its pixels."""
+    """How a table's columns are to be read.
+
+    Attributes:
+        label: the label's column, None if there is none.
+        shape: of a row of pixels; None takes it for a square grey image.
+        ignores_labels: whether the label's column is passed over, whatever it holds.
+    """
 
     label: str | int | None = "label"
     shape: Shape | None = None
+    ignores_labels: bool = False
 
 
 def format_of(file: File) -> Literal["csv", "parquet", "idx"]:
@@ -69,22 +77,37 @@ def read_files(files: Sequence[File], layout: Layout) -> Table:
     Raises:
         DataError: a file is of no known format, malformed, or of another shape than the first.
     """
-    images, labels = pair_idx(files)
-    tables = [_read_file(file, layout, labels) for file in images]
+    pairs = pair_labels(files)
+    tables = [_read_file(file, layout, labels) for file, labels in pairs]
     if len(tables) == 1:
         return tables[0]
     shapes = [table.images.shape[1:] for table in tables]
-    for file, shape in zip(images, shapes, strict=True):
-        check_same_shape(file, shape, images[0], shapes[0])
+    for (file, _), shape in zip(pairs, shapes, strict=True):
+        check_same_shape(file, shape, pairs[0][0], shapes[0])
     return Table(np.concatenate([t.images for t in tables]), np.concatenate([t.labels for t in tables]))
 
 
-def pair_idx(files: Sequence[File]) -> tuple[Sequence[File], File | None]:
-    """The files with images, and if there is one only and it is IDX, the file of its labels that came with it."""
-    labels = [file for file in files if "idx1" in file.path]
-    if len(files) == 2 and len(labels) == 1:
-        return [file for file in files if file not in labels], labels[0]
-    return files, None
+def pair_labels(files: Sequence[File]) -> list[tuple[File, File | None]]:
+    """The files with images, each with that of its labels if it is IDX: the one given, or the one beside it by name.
+
+    Raises:
+        DataError: IDX labels are given without their images, or images whose name does not tell that of their labels.
+    """
+    labels = [file for file in files if is_idx_labels(file)]
+    images = [file for file in files if file not in labels]
+    if len(images) == len(labels) == 1 and format_of(images[0]) == "idx":
+        return [(images[0], labels[0])]
+    pairs = [(file, labels_beside(file) if format_of(file) == "idx" else None) for file in images]
+    paired = {beside.path for _, beside in pairs if beside is not None}
+    for file in labels:
+        if file.path not in paired:
+            raise DataError(f"{file.place}: labels alone; name the images, such as train-images-idx3-ubyte.gz")
+    return pairs
+
+
+def is_idx_labels(file: File) -> bool:
+    """Whether a file is one of IDX labels by its name; what ends in .csv or .parquet is none."""
+    return "idx1" in PurePosixPath(file.path).name and format_of(file) == "idx"
 
 
 def check_same_shape(file: File, shape: tuple[int, ...], first: File, expected: tuple[int, ...]) -> None:
@@ -107,7 +130,7 @@ def fit_layout(file: File, layout: Layout) -> Layout:
         DataError: the file can't be read.
     """
     assert layout.shape is not None
-    return Layout(None, layout.shape) if _count_columns(file) in (1, math.prod(layout.shape)) else layout
+    return replace(layout, label=None) if _count_columns(file) in (1, math.prod(layout.shape)) else layout
 
 
 def _count_columns(file: File) -> int:
@@ -122,9 +145,8 @@ def _count_columns(file: File) -> int:
 
 
 def complete_idx(files: Sequence[File]) -> list[File]:
-    """The files, and beside a single IDX file of images that of its labels."""
-    is_images = len(files) == 1 and "images-idx3" in files[0].path
-    return [*files, labels_beside(files[0])] if is_images else list(files)
+    """The files, and those of the labels of IDX images among them. Errors are those of `pair_labels`."""
+    return [file for pair in pair_labels(files) for file in pair if file is not None]
 
 
 def _read_file(file: File, layout: Layout, labels: File | None) -> Table:
@@ -135,7 +157,8 @@ def _read_file(file: File, layout: Layout, labels: File | None) -> Table:
             case "parquet":
                 return _read_parquet(file, layout)
             case "idx":
-                return _read_idx_pair(file, labels or labels_beside(file))
+                assert labels is not None
+                return _read_idx_pair(file, labels)
 
 
 def _read_csv(file: File, layout: Layout) -> Table:
@@ -155,7 +178,7 @@ def open_csv(file: File, layout: Layout) -> tuple[Csv, Shape]:
     pixels = width if label is None else width - 1
     shape = layout.shape or _infer_shape(pixels, file.place)
     _check_pixels(pixels, shape, file.place)
-    return Csv(file, header, width, label), shape
+    return Csv(file, header, width, label, layout.ignores_labels), shape
 
 
 def find_label(label: str | int | None, header: list[str] | None, width: int, place: str) -> int | None:
@@ -179,7 +202,8 @@ def find_label(label: str | int | None, header: list[str] | None, width: int, pl
 
 def _read_parquet(file: File, layout: Layout) -> Table:
     try:
-        table = pq.read_table(file.path, filesystem=file.system)
+        # A folder called name=value is no column.
+        table = pq.read_table(file.path, filesystem=file.system, partitioning=None)
     except pa.ArrowInvalid as error:
         raise DataError(f"{file.place}: not a readable Parquet file ({error})") from None
     return table_of_arrow(table, layout, file.place)
@@ -194,6 +218,8 @@ def table_of_arrow(table: pa.Table, layout: Layout, place: str) -> Table:
     if table.num_rows == 0:
         raise DataError(f"{place}: no rows; expected one image a row")
     label = find_label(layout.label, table.column_names, table.num_columns, place)
+    if label is not None and layout.ignores_labels:
+        table, label = table.remove_column(label), None
     for name, column in zip(table.column_names, table.columns, strict=True):
         if column.null_count:
             raise DataError(f"{place}: column {name}: {column.null_count} values are missing")
@@ -222,8 +248,9 @@ def _table_of_image_column(table: pa.Table, label: int | None, shape: Shape | No
     """A table with one column of whole images: tensors, lists or bytes of pixels."""
     position = 1 - label if label is not None else 0
     images = table.column(position).combine_chunks()
+    is_planar = False
     if isinstance(images.type, pa.FixedShapeTensorType):
-        shape = shape or _shape_of_tensor(tuple(images.type.shape), place)
+        shape, is_planar = _fit_tensor(tuple(images.type.shape), shape, place)
         images = images.storage
     kind = images.type
     if pa.types.is_fixed_size_binary(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -245,15 +272,29 @@ def _table_of_image_column(table: pa.Table, label: int | None, shape: Shape | No
     pixels = len(values) // table.num_rows
     shape = shape or _infer_shape(pixels, place)
     _check_pixels(pixels, shape, place)
-    return Table(_to_nchw(values.reshape(-1, pixels), shape), _label_column(table, label))
+    height, width, channels = shape
+    nchw = values.reshape(-1, channels, height, width) if is_planar else _to_nchw(values.reshape(-1, pixels), shape)
+    return Table(nchw, _label_column(table, label))
 
 
-def _shape_of_tensor(shape: tuple[int, ...], place: str) -> Shape:
-    if len(shape) == 2:
-        return (*shape, 1)
-    if len(shape) == 3:
-        return shape
-    raise DataError(f"{place}: tensors of shape {shape}; expected (height, width) or (height, width, channels)")
+def _fit_tensor(sizes: tuple[int, ...], shape: Shape | None, place: str) -> tuple[Shape, bool]:
+    """Height, width and channels of tensors of these sizes, and whether their channels come first.
+
+    Raises:
+        DataError: they are no images, or not those of the layout's `shape`.
+    """
+    if len(sizes) == 2:
+        sizes = (*sizes, 1)
+    if len(sizes) != 3:
+        raise DataError(f"{place}: tensors of shape {sizes}; expected (height, width) or (height, width, channels)")
+    first, second, last = sizes
+    turned = (second, last, first)
+    if shape is None:
+        is_planar = first in (1, 3) and last not in (1, 3, 4)
+        return (turned, True) if is_planar else ((first, second, last), False)
+    if shape not in ((first, second, last), turned):
+        raise DataError(f"{place}: tensors of shape {sizes}; expected height, width, channels {shape}")
+    return shape, shape != (first, second, last)
 
 
 def labels_beside(images: File) -> File:
@@ -262,14 +303,17 @@ def labels_beside(images: File) -> File:
     Raises:
         DataError: the images' name is of another form.
     """
-    if "images-idx3" not in images.path:
+    folder, _, name = images.path.rpartition("/")
+    labels, found = re.subn(r"images([-.])idx3", r"labels\1idx1", name)
+    if not found:
         raise DataError(f"{images.place}: an IDX file alone; name the images, such as train-images-idx3-ubyte.gz")
-    path, place = (text.replace("images-idx3", "labels-idx1") for text in (images.path, images.place))
-    return File(images.system, path, place)
+    return File(images.system, f"{folder}/{labels}", f"{images.place.removesuffix(name)}{labels}")
 
 
 def _read_idx_pair(images: File, labels: File) -> Table:
     pixels = _read_idx(images, 3)
+    if len(pixels) == 0:
+        raise DataError(f"{images.place}: no images; expected one or more")
     return Table(pixels[:, None], read_idx_labels(labels, len(pixels)))
 
 

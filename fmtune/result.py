@@ -37,7 +37,7 @@ class RunResult:
         """A row a trial, as trials.csv has it.
 
         Columns are `number`, `state`, `epoch`, `val_accuracy` (0 to 1), `val_loss`, `seconds`, and `params.KEY` of each
-        searched key, where a trial that has no such value has NaN.
+        searched key: NaN where it is null, or the trial has no such value.
         """
         return pd.read_csv(self.folder.trials)
 

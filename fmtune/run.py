@@ -99,9 +99,12 @@ class RunFolder:
         """Make the folder if there is none, and keep other processes from holding it.
 
         Raises:
-            RunFolderError: one holds it.
+            RunFolderError: one holds it, or it can't be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{self.path}: can't be made ({error.strerror}); choose another --runs") from None
         # Given up with the process, whatever it dies of.
         handle = os.open(self.path, os.O_RDONLY)
         try:

@@ -6,6 +6,7 @@ import fnmatch
 import glob
 import os
 from pathlib import PurePosixPath
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -23,9 +24,13 @@ def find_files(source: str) -> list[File]:
     """
     if is_url(source):
         return _find_remote_files(source)
-    paths = sorted(glob.glob(source, recursive=True)) if glob.has_magic(source) else [source]
+    # A file may have in its name what would make a glob of it.
+    is_glob = glob.has_magic(source) and not os.path.isfile(source)
+    paths = sorted(glob.glob(source, recursive=True)) if is_glob else [source]
     files = [path for path in paths if os.path.isfile(path)]
     if not files:
+        if os.path.isdir(source):
+            raise DataError(f"{source}: is a folder; expected a file, or a glob such as {source.rstrip('/')}/*.csv")
         near = f"; known names are {', '.join(NAMES)}" if "/" not in source and "." not in source else ""
         raise DataError(f"{source}: no such file{near}")
     return [File(fs.LocalFileSystem(), os.path.abspath(path), path) for path in files]
@@ -47,13 +52,15 @@ def open_place(place: str) -> File:
 
 
 def _find_remote_files(source: str) -> list[File]:
-    root = source.rpartition("/")[0] if glob.has_magic(source) else source
+    url = urlsplit(source)
+    folder, _, pattern = url.path.rpartition("/")
+    is_glob = glob.has_magic(url.path)
     try:
-        system, path = fs.FileSystem.from_uri(root)
-        if root == source:
+        # What follows a question mark is not of the path: how the place is reached.
+        system, path = fs.FileSystem.from_uri(url._replace(path=folder).geturl() if is_glob else source)
+        if not is_glob:
             found = [path]
         else:
-            pattern = source.rpartition("/")[2]
             infos = system.get_file_info(fs.FileSelector(path))
             found = sorted(i.path for i in infos if fnmatch.fnmatch(PurePosixPath(i.path).name, pattern))
         files = [i.path for i in system.get_file_info(found) if i.type == fs.FileType.File]
@@ -61,5 +68,4 @@ def _find_remote_files(source: str) -> list[File]:
         raise DataError(f"{source}: can't be reached ({error})") from None
     if not files:
         raise DataError(f"{source}: no such file")
-    scheme = source.partition("://")[0]
-    return [File(system, path, f"{scheme}://{path}") for path in files]
+    return [File(system, path, f"{url.scheme}://{path}") for path in files]

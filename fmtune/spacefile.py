@@ -328,6 +328,9 @@ class SpaceReader:
         """Find values that want another section, or a data set, to go with."""
         if sections.search.cost is not None and sections.resources.price is None:
             self._add("search.cost", "what an hour costs is not known; set resources.price")
+        workers, gpus = sections.resources.workers, sections.resources.gpus
+        if workers > 1 and not float(gpus).is_integer():
+            self._add("resources.gpus", f"{gpus}; expected a whole number: {workers} workers can't share a GPU")
         if sections.data.fallback is not None and sections.data.fallback not in NAMES:
             self._add("data.fallback", f"{sections.data.fallback!r}; {_hint(sections.data.fallback, NAMES)}")
 

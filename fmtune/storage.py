@@ -40,6 +40,10 @@ class Storage:
         """The folder of that name in this one."""
         return Storage(self.place_of(f"{self._path}/{name}"))
 
+    def name_of(self, place: str) -> str:
+        """The way from this folder to a place below it, by which `below` finds it wherever the folder has moved to."""
+        return str(PurePosixPath(_locate(place)[1]).relative_to(self._path))
+
     def is_empty(self) -> bool:
         """Whether there is nothing in it, or no such folder."""
         return not self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))

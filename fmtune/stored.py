@@ -114,7 +114,17 @@ def write_table(file: File, parts: Iterable[Table]) -> int:
 
     Returns:
         The number of rows.
+
+    Raises:
+        DataError: the place can't be written to; or what `parts` raise.
     """
+    try:
+        return _write_table(file, parts)
+    except OSError as error:
+        raise DataError(f"{file.place}: can't be written ({error}); set FMTUNE_CACHE to a place that can") from None
+
+
+def _write_table(file: File, parts: Iterable[Table]) -> int:
     parts = iter(parts)
     first = next(parts)
     shape = first.images.shape[1:]
@@ -163,13 +173,14 @@ def _aside(file: File) -> Iterator[str]:
             raise
         return
     path = Path(file.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield str(aside)
         aside.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
 
 
 def read_table(file: File, memory: int) -> Table | StoredTable:

@@ -60,7 +60,7 @@ def print_description(console: Console, description: Description) -> None:
 
 
 def print_runs(console: Console, folders: Sequence[RunFolder], runs: Path) -> None:
-    """A line a run."""
+    """A line a run; the baseline by the split that its result was measured on."""
     if not folders:
         _print(console, f"no runs in {runs}")
         return
@@ -71,12 +71,13 @@ def print_runs(console: Console, folders: Sequence[RunFolder], runs: Path) -> No
             continue
         summary = folder.read_summary()
         baseline = summary["baseline"] or {}
+        split = "val_accuracy" if summary["test_accuracy"] is None else "test_accuracy"
         table.add_row(
             Text(folder.path.name),
             str(sum(summary["trials"].values())),
             _share(summary["val_accuracy"]),
             _share(summary["test_accuracy"]),
-            _share(baseline.get("test_accuracy")),
+            _share(baseline.get(split)),
             format_seconds(summary["seconds"]),
         )
     console.print(table)

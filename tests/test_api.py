@@ -39,7 +39,7 @@ TINY: dict[str, Any] = {
 SPACE: dict[str, Any] = {
     "data": {"validation": 0.2},
     "search": {"trials": 2, "scheduler": "none", "finalists": 0, "refit": False},
-    "resources": {"cpus": 1},
+    "resources": {"cpus": 2},
     "baseline": TINY,
     "trial": TINY | {"optim": {"name": {"choice": ["adamw", "sgd"]}, "lr": {"log": [0.001, 0.1]}}},
 }

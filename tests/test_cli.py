@@ -65,6 +65,7 @@ def run(folder: Path, ray_cluster: None) -> Path:
     return folder / "runs" / "one"
 
 
+@pytest.mark.slow
 def test_a_search_that_fails_time_after_time_says_so_by_its_exit_code(
     folder: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,9 +155,9 @@ def test_report_prints_what_it_wrote_the_page_first(run: Path, capsys: pytest.Ca
 
 def test_list_shows_what_runs_found(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main("list", "--runs", run.parent) == 0
-    accuracy = json.loads((run / "summary.json").read_text())["val_accuracy"]
+    summary = json.loads((run / "summary.json").read_text())
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("one "))
-    assert f"{accuracy:.4f}" in line
+    assert line.split()[2:5] == [f"{summary['val_accuracy']:.4f}", "-", f"{summary['baseline']['val_accuracy']:.4f}"]
 
 
 def test_data_describes_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +251,7 @@ def test_a_dry_run_tells_cheap_from_dear(folder: Path, capsys: pytest.CaptureFix
         (["evaluate", "no-run", "--data", "sample"], "error: no-run: no such run"),
         (["predict", "{folder}/runs/one", "{folder}/train.csv", "-o", "out.txt"], "error: out.txt: format not known"),
         (["evaluate", "{folder}/runs/one", "--data", "s3://me:word@bucket/x.csv"], "error: data: credentials in it"),
+        (["search", "{folder}/tiny.yaml", "--set", "resources={{workers: 2, gpus: 0.5}}"], "error: --set resources="),
         (["data", "s3://me:word@bucket/x.csv"], "error: SOURCE: credentials in it"),
         (["data", "{folder}/train.csv", "--grid", "{folder}/none/x.png"], "error: {folder}/none/x.png: no folder"),
         (["data", "{folder}/train.csv", "--grid", "x.tiff"], "error: x.tiff: expected a name that ends in .png"),
@@ -269,6 +271,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
     """In a process of its own: interrupted in the first trials, resumed, and every epoch trained once."""
     space = tmp_path / "long.yaml"

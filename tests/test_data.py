@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
-from tables import sample_rows, write_csv
+from tables import sample_rows, write_csv, write_idx
 
 import fmtune.data
 from fmtune.config import DataConfig
@@ -19,6 +21,7 @@ from fmtune.data import (
 )
 from fmtune.errors import DataError
 from fmtune.readers import Table
+from fmtune.stored import StoredTable
 from fmtune.trial import SharedData
 
 
@@ -105,6 +108,43 @@ def test_a_glob_joins_its_files_by_name(tmp_path: Path) -> None:
     assert np.array_equal(loaded.table.images, table.images)
 
 
+def test_changed_labels_of_several_idx_files_are_read_anew(tmp_path: Path) -> None:
+    """They are not named by the glob, and lie beside the images that are; some sets have a dot in their names."""
+    table = sample_rows("train", 2)
+    for name, rows in (("a", slice(0, 8)), ("b", slice(8, 20))):
+        write_idx(tmp_path / f"{name}-images.idx3-ubyte.gz", table.images[rows, 0])
+        write_idx(tmp_path / f"{name}-labels.idx1-ubyte.gz", table.labels[rows].astype(np.uint8))
+    for source in ("*-images.idx3-ubyte.gz", "*.gz"):
+        loaded = load_split(DataConfig(train=str(tmp_path / source)), "train")
+        assert np.array_equal(loaded.table.images, table.images)
+        assert np.array_equal(loaded.table.labels, table.labels)
+    write_idx(tmp_path / "b-labels.idx1-ubyte.gz", np.full(12, 3, np.uint8))
+    loaded = load_split(DataConfig(train=str(tmp_path / "*-images.idx3-ubyte.gz")), "train")
+    assert loaded.table.labels[8:].tolist() == [3] * 12
+
+
+def test_a_file_with_brackets_in_its_name_is_found(tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "train[1].csv", sample_rows("train", 2))
+    assert len(load_split(DataConfig(train=str(source)), "train").table) == 20
+
+
+def test_what_unpacks_to_more_than_the_memory_allows_stays_in_the_cache_at_once(tmp_path: Path) -> None:
+    """Images of one value pack to next to nothing, so that their file's size promises less."""
+    labels = np.repeat(np.arange(10), 20)
+    pq.write_table(pa.table({"label": labels, "image": [bytes(784)] * 200}), tmp_path / "t.parquet")
+    loaded = load_split(DataConfig(train=str(tmp_path / "t.parquet"), memory=100_000), "train")
+    assert isinstance(loaded.table, StoredTable)
+    assert np.array_equal(loaded.table.labels, labels)
+
+
+def test_a_cache_that_can_not_be_written_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_csv(tmp_path / "t.csv", sample_rows("train", 2))
+    (tmp_path / "taken").touch()
+    monkeypatch.setenv("FMTUNE_CACHE", str(tmp_path / "taken"))
+    with pytest.raises(DataError, match=r"can't be written \(.*\); set FMTUNE_CACHE to a place that can"):
+        load_split(DataConfig(train=str(source)), "train")
+
+
 def test_a_url_is_read_through_arrows_file_systems(tmp_path: Path) -> None:
     table = sample_rows("train", 2)
     write_csv(tmp_path / "a.csv", table)
@@ -116,6 +156,7 @@ def test_a_url_is_read_through_arrows_file_systems(tmp_path: Path) -> None:
     ("source", "problem"),
     [
         ("no.csv", r"no\.csv: no such file"),
+        (str(Path(__file__).parent), r"tests: is a folder; expected a file, or a glob such as .*tests/\*\.csv"),
         ("fashion", r"fashion: no such file; known names are sample, fashion-mnist"),
         ("file:///no/such/*.csv", r"can't be reached|no such file"),
     ],

@@ -6,9 +6,11 @@ import socket
 import urllib.error
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import torchvision.datasets
 from numpy.typing import NDArray
 
@@ -134,6 +136,16 @@ def test_what_a_failed_download_leaves_does_not_hide_debians_files(
     table, found = read_named("fashion-mnist", "test", tmp_path)
     assert len(table) == 10_000
     assert str(DEBIAN) in found
+
+
+def test_emnist_letters_stand_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision hands them out with lines and columns changed, as their files have them."""
+    upright = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    found = SimpleNamespace(data=torch.tensor(upright).transpose(1, 2), targets=torch.arange(5))
+    monkeypatch.setattr(torchvision.datasets, "EMNIST", lambda *_, **__: found)
+    table, _ = read_named("emnist-letters", "train", tmp_path)
+    assert np.array_equal(table.images[:, 0], upright)
+    assert table.names[1] == "a"
 
 
 def _cut_off(monkeypatch: pytest.MonkeyPatch, kind: str, error: Exception) -> None:

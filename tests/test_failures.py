@@ -40,6 +40,7 @@ def _epochs_told(folder: RunFolder, number: int) -> list[int]:
         return [int(row["epoch"]) for row in csv.DictReader(file) if int(row["trial"]) == number]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["asha", "median", "none"])
 def test_a_trial_whose_process_dies_goes_on_from_its_last_checkpoint(
     scheduler: str, ray_cluster: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

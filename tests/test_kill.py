@@ -1,6 +1,6 @@
 """A search whose driver is killed at random moments, and gone on with each time.
 
-    FMTUNE_KILLS=20 pytest tests/test_kill.py
+    FMTUNE_KILLS=20 pytest -m slow tests/test_kill.py
 
 kills as often as that, in as many searches as it takes.
 """
@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import optuna
+import pytest
 
 from fmtune.run import RunFolder
 
@@ -96,6 +97,7 @@ def _check(folder: RunFolder, killed: int) -> None:
     assert sum(rows.values()) - len(rows) <= killed * (os.cpu_count() or 1)
 
 
+@pytest.mark.slow
 def test_a_killed_search_loses_nothing_and_does_nothing_twice(tmp_path: Path) -> None:
     draws = random.Random(0)
     killed, searches = 0, 0

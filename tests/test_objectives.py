@@ -127,7 +127,7 @@ def test_a_slow_network_is_entered_at_the_rung_that_its_first_epoch_reaches_alon
     scheduler = _scheduler(rung="seconds", time="90s", trials=10)
     rungs = [recorded for _, recorded in scheduler._brackets[0]._rungs]
     trial = Trial("stub", trial_id="1", config=create_task(0, 1, TrialConfig(epochs=9)).as_dict(), stub=True)
-    first = scheduler._grace_period
+    first = min(milestone for milestone, _ in scheduler._brackets[0]._rungs)
     for seconds, accuracy in ((3.5 * first, 0.8), (4 * first, 0.85)):
         result = {"epoch": 1, "seconds": seconds, "val_accuracy": accuracy}
         assert scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
@@ -171,12 +171,14 @@ def test_a_sign_changes_nothing() -> None:
     assert Space.load({"search": spaces[0].search.model_dump(mode="json")}).search == spaces[0].search
 
 
+@pytest.mark.slow
 def test_a_search_finds_a_front_and_takes_one_of_it(ray_cluster: None, tmp_path: Path) -> None:
     """In the study, in trials.csv, in the summary and on the page; and a finished search can be extended."""
     source = str(write_csv(tmp_path / "t.csv", sample_rows("train", 20)))
     space: dict[str, Any] = {
         "data": {"train": source, "test": source},
         "search": {"trials": 10, "objectives": ["val_accuracy", "-parameters"]},
+        "resources": {"cpus": 2},
         "baseline": {"epochs": 1, "batch_size": 16, "model": {"width": 16}},
         "trial": {"epochs": 3, "batch_size": 16, "model": {"width": {"int": [2, 12]}}},
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fmtune.errors import DataError
 from fmtune.files import File
 from fmtune.pictures import read_picture
 from fmtune.pieces import Piece, find_pieces
+from fmtune.readers import Table
 
 GREY = (1, 28, 28)
 
@@ -99,6 +101,27 @@ def test_several_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> N
     for name, rows in (("b", slice(8, 20)), ("a", slice(0, 8))):
         pq.write_table(pa.table({"image": [i.tobytes() for i in table.images[rows]]}), tmp_path / f"{name}.parquet")
     assert np.array_equal(_read(find_pieces(f"{tmp_path}/*.parquet", "label", GREY)), table.images)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_labels_are_passed_over_whatever_they_are(name: str, tmp_path: Path) -> None:
+    """Names of classes, and some that are missing."""
+    table = sample_rows("test", 1)
+    pixels = table.images.reshape(10, 784)
+    labels = pa.array(["boot", None, *["bag, large"] * 8])
+    rows = pa.table({"label": labels} | {f"p{i}": pixels[:, i] for i in range(784)})
+    write = pacsv.write_csv if name.endswith(".csv") else pq.write_table
+    write(rows, tmp_path / name)
+    assert np.array_equal(_read(find_pieces(str(tmp_path / name), "label", GREY)), table.images)
+
+
+def test_tables_whose_names_look_like_those_of_idx_labels_are_predicted(tmp_path: Path) -> None:
+    table = sample_rows("test", 2)
+    for number, rows in enumerate((slice(0, 8), slice(8, 20))):
+        write_csv(tmp_path / f"part-idx{number}.csv", Table(table.images[rows], table.labels[rows]))
+    pieces = find_pieces(f"{tmp_path}/part-idx*.csv", "label", GREY)
+    assert np.array_equal(_read(pieces), table.images)
+    assert sum(piece.work for piece in pieces) < 2**20, "small files are little work"
 
 
 def test_idx_images_need_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,7 @@ def test_two_workers_keep_frozen_stages_until_they_thaw(shared: SharedData, tmp_
     assert not torch.equal(kept["layer4.0.conv1.weight"], start["layer4.0.conv1.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_training", [False, True])
 def test_a_killed_worker_is_replaced_and_the_training_goes_on_as_if_it_had_lived(
     is_training: bool, shared: SharedData, tmp_path: Path
@@ -165,6 +166,7 @@ def test_a_killed_worker_is_replaced_and_the_training_goes_on_as_if_it_had_lived
     assert disturbed.losses["task0"] == pytest.approx(undisturbed.losses["task0"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_fails_the_trial_at_once_and_the_next_one_runs(
     shared: SharedData, tmp_path: Path
 ) -> None:
@@ -178,6 +180,7 @@ def test_a_loss_that_is_not_finite_fails_the_trial_at_once_and_the_next_one_runs
     assert len(watcher.losses["task1"]) == 3
 
 
+@pytest.mark.slow
 def test_a_search_of_two_workers_a_trial_ends_with_every_trial_accounted_for(ray_cluster: None, tmp_path: Path) -> None:
     """Stopped early or complete, each once, with every epoch told once."""
     source = write_csv(tmp_path / "train.csv", sample_rows("train", 40))

@@ -264,6 +264,7 @@ def _space(source: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_search_breeds_and_goes_on_after_an_interruption(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

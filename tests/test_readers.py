@@ -18,7 +18,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from fmtune.datasets import read_named
 from fmtune.errors import DataError
 from fmtune.files import File
-from fmtune.readers import Layout, Table, read_files
+from fmtune.readers import Layout, Table, read_files, to_tensors
 
 SAMPLE = Path(read_named.__code__.co_filename).parent / "sample"
 
@@ -132,6 +132,34 @@ def test_labels_outside_of_bytes_and_below_zero_are_kept(tmp_path: Path) -> None
     path = tmp_path / "rows.csv"
     path.write_text("label,a,b,c,d\n-3,1,2,3,4\n70000,1,2,3,4\n")
     assert _read(path).labels.tolist() == [-3, 70000]
+
+
+def test_csv_of_columns_that_pandas_has_numbered_has_no_row_of_numbers(tmp_path: Path) -> None:
+    """`DataFrame(array).to_csv(index=False)` calls them 0, 1, 2 and so on."""
+    frame = _sample_frame()
+    frame.columns = pd.RangeIndex(len(frame.columns))
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    _assert_is_frame(_read(tmp_path / "rows.csv", Layout(label=0)), frame, 0)
+    assert "no column `label`; the first columns are 0, 1, 2" in _refusal(tmp_path / "rows.csv")
+
+
+def test_csv_rows_may_be_longer_than_what_is_parsed_at_a_time(tmp_path: Path) -> None:
+    """Of 520 x 520 pixels, 1.1 MB each, where pyarrow takes in 1 MiB."""
+    images = np.full((2, 270_400), 255, np.uint8)
+    images[1, ::7] = 100
+    text = "".join(f"{label}," + ",".join(map(str, row)) + "\n" for label, row in enumerate(images))
+    (tmp_path / "rows.csv").write_text(text)
+    table = _read(tmp_path / "rows.csv")
+    assert np.array_equal(table.images.reshape(2, -1), images)
+    assert table.labels.tolist() == [0, 1]
+
+
+def test_csv_whose_name_looks_like_that_of_idx_labels_is_one(tmp_path: Path) -> None:
+    """The second of two parts must not be taken for the labels of the first."""
+    frame = _sample_frame()
+    for number, rows in enumerate((slice(0, 8), slice(8, 20))):
+        frame[rows].to_csv(tmp_path / f"part-idx{number}.csv", index=False)
+    _assert_is_frame(read_files([_file(tmp_path / f"part-idx{i}.csv") for i in (0, 1)], Layout()), frame, "label")
 
 
 def test_several_csv_are_joined_in_the_order_given(tmp_path: Path) -> None:
@@ -311,6 +339,25 @@ def test_parquet_of_colour_tensors_has_channels_last(tmp_path: Path) -> None:
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(images)
     table = _read(_parquet(tmp_path / "t.parquet", label=pa.array([0, 1]), image=tensors))
     assert np.array_equal(table.images, np.moveaxis(images, 3, 1))
+
+
+@pytest.mark.parametrize("shape", [None, (4, 5, 3)])
+def test_parquet_of_tensors_with_channels_first_keeps_its_pixels_in_their_places(
+    shape: tuple[int, int, int] | None, tmp_path: Path
+) -> None:
+    """As torch has them: known by the layout's shape, or by the size of the axis."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 3, 4, 5), dtype=np.uint8)
+    pq.write_table(pa.table({"label": np.arange(6), "image": to_tensors(images)}), tmp_path / "rows.parquet")
+    assert np.array_equal(_read(tmp_path / "rows.parquet", Layout(shape=shape)).images, images)
+    refusal = _refusal(tmp_path / "rows.parquet", Layout(shape=(5, 4, 3)))
+    assert "tensors of shape (3, 4, 5); expected height, width, channels (5, 4, 3)" in refusal
+
+
+def test_a_folder_called_as_a_partition_adds_no_column(tmp_path: Path) -> None:
+    (tmp_path / "fold=1").mkdir()
+    frame = _sample_frame()
+    frame.to_parquet(tmp_path / "fold=1" / "rows.parquet")
+    _assert_is_frame(_read(tmp_path / "fold=1" / "rows.parquet"), frame, "label")
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.uint8()), pa.binary()])

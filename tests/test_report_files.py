@@ -158,6 +158,17 @@ def test_markdown_of_a_training_without_a_test_split(trained: RunFolder) -> None
 # PNGs
 
 
+def test_signals_as_images_make_no_sheet_of_a_kilometre(tmp_path: Path) -> None:
+    """A thousand times as high as wide: the sheet of mistakes would be of gigabytes."""
+    folder = create_run(tmp_path / "run", trials=4)
+    summary = folder.read_summary()
+    summary["dataset"]["shape"] = [1, 1000, 1]
+    folder.write_summary(summary)
+    write_report(folder)
+    with Image.open(folder.plots / "mistakes.png") as picture:
+        assert max(picture.size) < 10_000
+
+
 @pytest.mark.parametrize("name", sorted(PLOTS))
 def test_plots_are_pngs_and_not_blank(name: str, searched: RunFolder) -> None:
     """More than a frame and letters: ink of the plot's own colours, over a good part of both axes."""

@@ -45,8 +45,10 @@ TINY: dict[str, Any] = {
 
 
 def _space(source: Path, **sections: Any) -> dict[str, Any]:
+    """One trial at a time: each that runs beside another has a process of its own, which imports torch."""
     space: dict[str, Any] = {
         "data": {"train": str(source), "validation": 0.2},
+        "resources": {"cpus": 2},
         "search": {"trials": 4, "scheduler": "none", "finalists": 2, "try": [{"optim": {"lr": 0.0125}}]},
         "baseline": TINY,
         "trial": TINY | {"optim": {"name": {"choice": ["adamw", "sgd"]}, "lr": {"log": [0.001, 0.1]}}},
@@ -98,7 +100,7 @@ def result(ray_cluster: None, source: Path, test_source: Path, tmp_path_factory:
         patched.setattr(fmtune.summary, "load_test_split", load_then_hide)
         # However far the leader is ahead, finalists are retrained.
         patched.setattr(fmtune.choice, "_CLEAR_ERRORS", math.inf)
-        space = _space(source, data={"test": str(test_source)})
+        space = _space(source, data={"test": str(test_source)}, resources={"cpus": 1})
         return search(space, name="four", runs=tmp_path_factory.mktemp("runs"))
 
 
@@ -248,6 +250,7 @@ class _Witness:
         self.most = max(self.most, len(self.board.in_flight))
 
 
+@pytest.mark.slow
 def test_the_board_knows_what_is_under_way(
     ray_cluster: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +368,7 @@ def test_more_trials_extend_a_finished_search(
     assert _contents(extended.folder) == before_again
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_cut_off_while_its_values_were_drawn_is_not_trained(
     ray_cluster: None, source: Path, tmp_path: Path
 ) -> None:
@@ -380,6 +384,7 @@ def test_a_trial_that_was_cut_off_while_its_values_were_drawn_is_not_trained(
     assert trials[2].user_attrs["cause"] == "interrupted before it began"
 
 
+@pytest.mark.slow
 def test_a_finalist_that_fails_is_out(
     ray_cluster: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,7 +418,6 @@ def test_asha_stops_trials_early(ray_cluster: None, source: Path, tmp_path: Path
     space = _space(
         source,
         search={"trials": 8, "scheduler": "asha", "finalists": 0, "refit": False},
-        resources={"cpus": 2},
         trial=TINY | {"optim": {"name": "sgd", "lr": {"log": [1e-7, 0.1]}}},
     )
     found = search(space, name="asha", runs=tmp_path)
@@ -447,6 +451,7 @@ def test_a_failing_trial_is_recorded_with_its_cause_and_the_search_goes_on(
     assert again.summary["trials"] == found.summary["trials"]
 
 
+@pytest.mark.slow
 def test_a_search_whose_every_trial_fails_says_why(ray_cluster: None, source: Path, tmp_path: Path) -> None:
     failing = TINY | {"precision": "fp32", "optim": {"name": "sgd", "lr": 1e30}}
     with pytest.raises(RunFailed) as raised:
@@ -456,7 +461,7 @@ def test_a_search_whose_every_trial_fails_says_why(ray_cluster: None, source: Pa
 
 
 def test_the_same_seed_gives_the_same_trials_and_weights(ray_cluster: None, source: Path, tmp_path: Path) -> None:
-    space = _space(source, search={"trials": 3, "finalists": 0, "refit": False}, resources={"cpus": 2})
+    space = _space(source, search={"trials": 3, "finalists": 0, "refit": False})
     first, second = (search(space, name=name, runs=tmp_path) for name in ("first", "second"))
     params = [[trial.params for trial in _study(found.folder).trials] for found in (first, second)]
     assert params[0] == params[1]
@@ -493,6 +498,7 @@ def test_a_training_of_ranges_is_refused(source: Path, tmp_path: Path) -> None:
         train(_space(source), name="x", runs=tmp_path)
 
 
+@pytest.mark.slow
 def test_two_workers_train_one_model_by_ddp(
     ray_cluster: None, source: Path, test_source: Path, result: RunResult, tmp_path: Path
 ) -> None:
@@ -513,6 +519,7 @@ def _count_ddp_workers() -> int:
     return sum(actor["ActorClassName"] == "RayTrainWorker" for actor in ray._private.state.actors().values())
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_a_ddp_trial_at_once(ray_cluster: None, source: Path, tmp_path: Path) -> None:
     """It is no death of a worker, after which two more would be started: three times."""
     before = _count_ddp_workers()
@@ -558,6 +565,7 @@ def test_colour_images_are_searched_and_predicted(ray_cluster: None, tmp_path: P
     assert evaluate(found.folder.path, str(source)).evaluation.accuracy == found.summary["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_the_time_bounds_the_run(ray_cluster: None, source: Path, tmp_path: Path) -> None:
     """Of 10,000 trials as many are started as the time allows; it is this property, not a duration, that is tested."""
     found = search(_space(source, search={"trials": 10_000, "time": 30.0}), name="brief", runs=tmp_path)

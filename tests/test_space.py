@@ -408,7 +408,7 @@ def test_what_is_to_be_tried_is_a_value_of_its_range(value: Any) -> None:
 
 def test_an_override_is_blamed_only_for_what_the_problem_names(tmp_path: Path) -> None:
     (problem,) = _problems("trial: {model: {freeze: 3}}", tmp_path, ("trial.model.width=8",))
-    assert problem.startswith(f"{tmp_path}/") and ".yaml:1: trial.model: freeze keeps" in problem
+    assert problem.startswith("s.yaml:1: trial.model: freeze keeps")
 
 
 def test_a_condition_may_ask_for_what_is_set_otherwise() -> None:

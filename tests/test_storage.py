@@ -88,6 +88,7 @@ def _fmtune(bucket: Bucket, *arguments: object, secret: str | None = None) -> su
     return subprocess.run(command, env=os.environ | keys, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_a_run_lands_in_the_bucket_and_goes_on_from_there(bucket: Bucket, space: Path) -> None:
     """All that the run folder has, the trials' checkpoints, and no secret; a longer search takes up what is there."""
     runs = space.parent / "runs"
@@ -175,3 +176,11 @@ def test_places_in_a_bucket_keep_the_query_of_its_url() -> None:
     below = storage.below("one")
     assert below.place == "s3://results/runs/one?region=us-east-1&scheme=http"
     assert below.place_of("results/runs/one/x") == "s3://results/runs/one/x?region=us-east-1&scheme=http"
+    assert storage.name_of(below.place_of("results/runs/one/x")) == "one/x"
+
+
+def test_a_place_in_a_folder_has_a_name_that_outlives_its_move(tmp_path: Path) -> None:
+    for folder in ("before", "after"):
+        (tmp_path / folder / "refit" / "x").mkdir(parents=True)
+    name = Storage(str(tmp_path / "before")).name_of(str(tmp_path / "before" / "refit" / "x"))
+    assert Storage(str(tmp_path / "after")).below(name).place == str(tmp_path / "after" / "refit" / "x")

@@ -238,6 +238,17 @@ def test_files_of_two_shapes_are_refused_in_pieces_too(tmp_path: Path) -> None:
         load_split(DataConfig(train=str(tmp_path / "*.csv"), memory=1000), "train")
 
 
+def test_rows_of_another_size_further_down_are_refused_in_pieces_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch is of one size, and the second of another than the first."""
+    monkeypatch.setattr("fmtune.pieces.BLOCK_BYTES", 10 * 784)
+    images = [bytes(784)] * 10 + [bytes(1024)] * 10
+    pq.write_table(pa.table({"label": [0, 1] * 10, "image": images}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet: data\.shape: \[28, 28, 1\] are 784 values, a row has 1024"):
+        load_training_data(DataConfig(train=str(tmp_path / "t.parquet"), memory=1000))
+
+
 def test_a_header_alone_is_refused_in_pieces_too(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("label,a,b,c,d\n")
     with pytest.raises(DataError, match="no rows"):
@@ -279,6 +290,7 @@ def test_the_cache_can_be_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # A whole run
 
 
+@pytest.mark.slow
 def test_a_search_streams_what_memory_does_not_hold(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +300,7 @@ def test_a_search_streams_what_memory_does_not_hold(
     space = {
         "data": {"train": source, "test": source, "memory": "100K", "validation": 0.2},
         "search": {"trials": 3, "finalists": 2, "scheduler": "none"},
+        "resources": {"cpus": 2},
         "baseline": {"epochs": 1, "model": {"width": 4}},
         "trial": {"epochs": 2, "batch_size": 16, "model": {"width": 4}, "optim": {"lr": {"log": [0.005, 0.05]}}},
     }

@@ -75,11 +75,13 @@ def _space(source: Path, storage: str, **search: Any) -> dict[str, Any]:
     return {
         "data": {"train": str(source)},
         "search": {"trials": 3, "finalists": 0, "refit": False, "scheduler": "none", "storage": storage} | search,
+        "resources": {"cpus": 2},
         "baseline": {"epochs": 1, "batch_size": 32, "model": {"width": 4}},
         "trial": {"epochs": 1, "batch_size": 32, "model": {"width": 4}, "optim": {"lr": {"log": [0.001, 0.1]}}},
     }
 
 
+@pytest.mark.slow
 def test_two_runs_share_a_study_and_each_keeps_its_own_trials(
     ray_cluster: None, database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ TINY: dict[str, Any] = {
 SPACE: dict[str, Any] = {
     "data": {"validation": 0.2},
     "search": {"trials": 3, "scheduler": "none", "finalists": 0, "refit": False},
+    "resources": {"cpus": 2},
     "baseline": TINY,
     "trial": TINY | {"optim": {"name": {"choice": ["adamw", "sgd"]}, "lr": {"log": [0.001, 0.1]}}},
 }
@@ -203,6 +204,7 @@ def test_a_login_that_fails_is_told_before_anything_starts(
 # MLflow
 
 
+@pytest.mark.slow
 def test_mlflow_has_a_run_for_each_trial_below_one_for_the_search(
     store: str, ray_cluster: None, tmp_path: Path
 ) -> None:
@@ -258,6 +260,8 @@ def test_the_real_wandb_writes_runs_offline(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
+    # It is no interruption's haste that is tested.
+    monkeypatch.setattr(fmtune.trackers, "_PATIENCE_OF_THE_INTERRUPTED", 120.0)
     notes: list[str] = []
     tracking = Tracking(connect_trackers(LoggingConfig(wandb="clothes")), notes.append)
     tracking.start_run(TrackedRun("told", "0a1b", tmp_path / "run"))

@@ -442,6 +442,7 @@ def test_compiling_is_decided_by_device_and_planned_steps(asked: Any, device: st
     assert should_compile(asked, torch.device(device), steps) == expected
 
 
+@pytest.mark.slow
 def test_a_compiled_training_is_the_plain_one_but_for_rounding() -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler, g++")

@@ -74,10 +74,13 @@ def read_named(name: str, split: Split, cache: Path) -> tuple[Table, str]:
     if name == "fashion-mnist" and not (raw / f"{_prefix(split)}-labels-idx1-ubyte").exists() and _DEBIAN.exists():
         _check_fashion(_DEBIAN, split, ending=".gz")
         return _with_classes(_read_idx_folder(_DEBIAN, split), name), f"Debian's package, {_DEBIAN}"
-    dataset = _open_builtin(name, split, cache)
+    table = _table_of_builtin(_open_builtin(name, split, cache))
     if name == "fashion-mnist":
         _check_fashion(raw, split, ending="")
-    return _with_classes(_table_of_builtin(dataset), name), f"torchvision's download, {cache}"
+    if name.startswith("emnist"):
+        # Its files have lines and columns the other way round, and torchvision hands them out so.
+        table = Table(np.ascontiguousarray(table.images.transpose(0, 1, 3, 2)), table.labels)
+    return _with_classes(table, name), f"torchvision's download, {cache}"
 
 
 def _open_builtin(name: str, split: Split, cache: Path) -> Any:

@@ -189,11 +189,15 @@ def _draw_confusion(run: Run, figure: Figure) -> None:
         axes.text(j + 0.5, i + 0.5, f"{count}", ha="center", va="center", fontsize="small")
 
 
+_TALLEST = 3
+"""Height over width of a picture that the sheet of mistakes makes room for; one that is taller is drawn smaller."""
+
+
 def _draw_mistakes(run: Run, figure: Figure) -> None:
     mistakes = run.mistakes or []
     lines = math.ceil(len(mistakes) / _COLUMNS)
     _, height, width = run.summary["dataset"]["shape"]
-    figure.set_size_inches(8.4, lines * (0.7 + 1.3 * height / width))
+    figure.set_size_inches(8.4, lines * (0.7 + 1.3 * min(height / width, _TALLEST)))
     places = list(figure.subplots(lines, _COLUMNS, squeeze=False).flat)
     for axes in places:
         axes.axis("off")

@@ -22,7 +22,8 @@ from fmtune.view import draw_board
 
 ROOT = Path(__file__).parent.parent
 SPACE, DATA, TIME = "search_spaces/default.yaml", "sample", "2m"
-COMMAND = f"fmtune search {SPACE} --data {DATA} --set search.time={TIME}"
+OVERRIDES = [f"search.time={TIME}", "search.try=[]"]
+COMMAND = f"fmtune search {SPACE} --data {DATA} " + " ".join(f"--set {override}" for override in OVERRIDES)
 COLUMNS, LINES = 100, 24
 
 
@@ -66,7 +67,7 @@ def main() -> None:
     module = importlib.import_module("fmtune.search")
     module.create_view = Photographer
     with tempfile.TemporaryDirectory() as runs:
-        module.search(ROOT / SPACE, data=DATA, runs=runs, overrides=[f"search.time={TIME}"])
+        module.search(ROOT / SPACE, data=DATA, runs=runs, overrides=OVERRIDES)
 
 
 if __name__ == "__main__":

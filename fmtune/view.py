@@ -163,8 +163,10 @@ def _describe(board: Board, console: Console) -> Iterator[tuple[str, Text]]:
         yield "baseline", Text(f"{_value(board, baseline)}  {epochs}")
     if len(curve := board.curve) > 1:
         line = draw_sparkline(curve, console.width // _CURVE_SHARE, _ASCII_BLOCKS if _is_plain(console) else _BLOCKS)
+        low, high = min(curve), max(curve)
         of_what = "best after each trial" if board.has_baseline else "after each epoch"
-        yield "history", Text.assemble((line, "cyan"), f"  {min(curve):.4f} to {max(curve):.4f}, {of_what}")
+        said = f"{low:.4f} to {high:.4f}, {of_what}" if low < high else f"{high:.4f} since the first of {len(curve)}"
+        yield "history", Text.assemble((line, "cyan"), f"  {said}")
 
 
 def draw_sparkline(values: Sequence[float], width: int, blocks: str) -> str:

@@ -86,6 +86,13 @@ def test_the_history_of_a_loss_falls() -> None:
     assert _line(lines, "best").startswith("0.0900  trial 5")
 
 
+def test_a_history_without_a_better_trial_says_so() -> None:
+    """The fifth, which leads, ended first."""
+    board = _create_board()
+    board.ended.sort(key=lambda number: number != 5)
+    assert _line(_draw(board), "history") == "▁▁▁▁▁▁  0.9100 since the first of 6"
+
+
 def test_a_single_training_shows_its_epochs_and_no_baseline() -> None:
     now = time.monotonic()
     board = Board("one: sample", 1, "val_accuracy", True, now - 65, None, phase="training", has_baseline=False)

@@ -321,7 +321,7 @@ def test_a_tracker_that_fails_is_noted_once_and_does_not_end_the_search(
     monkeypatch.setattr(sys.modules[search.__module__], "connect_trackers", lambda config: [failing])
     result = _search(tmp_path, {})
     assert result.summary["trials"] == {"complete": 3, "pruned": 0, "failed": 0}
-    notes = [line for line in capfd.readouterr().out.splitlines() if "broken" in line]
+    notes = [line for line in capfd.readouterr().out.splitlines() if "broken: " in line]
     assert [note.partition("] ")[2] for note in notes] == ["broken: the server hung up; nothing more is logged there"]
     assert "end_run" not in failing.told
 

@@ -18,6 +18,7 @@ from fmtune.errors import FmtuneError, InputError, RunFailed
 from fmtune.pieces import BLOCK_BYTES, Piece, rows_of_block
 from fmtune.rows import Predictor
 from fmtune.session import interruptible, quiet, ray_session
+from fmtune.view import print_plain
 
 _PREDICTOR_CPUS, _READER_CPUS = 0.75, 0.25
 """Shares of a CPU, so that there is room for a reader beside each predictor: both would wait for each other else."""
@@ -54,7 +55,7 @@ def predict_pieces(
     with (
         interruptible() as check,
         quiet() as screen,
-        ray_session(ResourcesConfig(), address, partial(screen.console.print, markup=False, highlight=False)),
+        ray_session(ResourcesConfig(), address, partial(print_plain, screen.console)),
     ):
         tables = _create_dataset(pieces, model, are_here).iter_batches(batch_size=_ROWS_WRITTEN, batch_format="pyarrow")
         rows = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, variance
 from typing import Any, Protocol
 
@@ -60,17 +60,9 @@ class _Note:
     refit: str | None
     images_trained: int
 
-    def as_json(self) -> dict[str, Any]:
-        finalists = {number: [result.as_dict() for result in results] for number, results in self.finalists.items()}
-        return {
-            "winner": self.winner,
-            "finalists": finalists,
-            "refit": self.refit,
-            "images_trained": self.images_trained,
-        }
-
     @classmethod
     def of_json(cls, content: Mapping[str, Any]) -> _Note:
+        """What `dataclasses.asdict` gave, read from JSON."""
         finalists = {
             int(number): [EpochMetrics(**result) for result in results]
             for number, results in content["finalists"].items()
@@ -210,7 +202,7 @@ class Chooser:
         noted = self._read_note()
         if noted is None:
             noted = self._choose_anew()
-            write_json(self._context.folder.choice, {"asked": self._asked()} | noted.as_json())
+            write_json(self._context.folder.choice, {"asked": self._asked()} | asdict(noted))
         winner = self._context.board.records[noted.winner]
         return Choice(
             winner=winner,

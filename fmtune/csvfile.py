@@ -38,6 +38,11 @@ class Csv:
     label: int | None
     ignores_labels: bool = False
 
+    @property
+    def kept_label(self) -> int | None:
+        """Position of the label's column in the tables."""
+        return None if self.ignores_labels else self.label
+
     def parse(self, stream: Any, *, has_header: bool) -> pa.Table:
         """A table of the file's columns, pixels uint8 and labels int64, from a stream of some of its lines.
 

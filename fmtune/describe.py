@@ -73,7 +73,7 @@ def check_sheet(path: Path) -> None:
     """Refuse a path that no sheet of samples can be written to.
 
     Raises:
-        InputError: it is no PNG file by its name, its folder is not there, or it is a folder.
+        InputError: it is no PNG file by its name, or as of `check_writable`.
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"{path}: expected a name that ends in .png")

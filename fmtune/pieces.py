@@ -189,7 +189,7 @@ def _parse_csv(csv: Csv, shape: Shape, text: bytes, *, is_first: bool) -> Iterat
     # Empty lines are passed over, but a text of nothing else is an error to the parser.
     if text and not text.isspace():
         table = csv.parse(pa.BufferReader(text), has_header=False)
-        yield table_of_columns(table, None if csv.ignores_labels else csv.label, shape)
+        yield table_of_columns(table, csv.kept_label, shape)
 
 
 def _split_parquet(file: File, layout: Layout, shape: tuple[int, int, int]) -> list[Piece[Table]]:

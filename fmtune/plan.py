@@ -14,7 +14,7 @@ from fmtune.model import count_parameters, create_model
 from fmtune.population import count_segments
 from fmtune.probe import check_channels, count_full_trainings, probe_space, read_all_weights
 from fmtune.space import Space
-from fmtune.view import format_seconds
+from fmtune.view import format_seconds, print_plain
 
 
 def print_plan(console: Console, space: Space, path: Path) -> None:
@@ -27,7 +27,7 @@ def print_plan(console: Console, space: Space, path: Path) -> None:
     data = load_training_data(space.data)
     check_channels(space, data)
     for name, text in _describe(space, data, path):
-        console.print(f"{name:<11}{text}", markup=False, highlight=False, soft_wrap=True)
+        print_plain(console, f"{name:<11}{text}")
 
 
 def _describe(space: Space, data: TrainingData, path: Path) -> list[tuple[str, str]]:

@@ -54,8 +54,10 @@ def check_channels(space: Space, data: TrainingData) -> None:
         SpaceError: a configuration asks for them.
     """
     channels = data.image_shape[0]
+    if channels == 1:
+        return
     for config in space.samples():
-        if channels != 1 and config.model.channels not in (None, channels):
+        if config.model.channels not in (None, channels):
             key, instead = "trial.model.channels", "leave it null"
             if config is space.baseline:
                 key, instead = "baseline.model.channels", "set baseline: default, or values of your own"

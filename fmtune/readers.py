@@ -164,7 +164,7 @@ def _read_file(file: File, layout: Layout, labels: File | None) -> Table:
 def _read_csv(file: File, layout: Layout) -> Table:
     csv, shape = open_csv(file, layout)
     with file.open() as stream:
-        return table_of_columns(csv.parse(stream, has_header=True), csv.label, shape)
+        return table_of_columns(csv.parse(stream, has_header=True), csv.kept_label, shape)
 
 
 def open_csv(file: File, layout: Layout) -> tuple[Csv, Shape]:

@@ -206,7 +206,8 @@ class RunFolder:
             measured = [last.epoch, last.val_accuracy, last.val_loss] if last else [0, None, None]
             own = [further[record.number][name] for name in names]
             # An empty field is a parameter that the trial had not.
-            values = ["null" if record.params.get(key, "") is None else record.params.get(key) for key in columns]
+            drawn = (record.params.get(key, "") for key in columns)
+            values = ["null" if value is None else value for value in drawn]
             writer.writerow([record.number, record.state, *measured, f"{record.seconds:.3f}", *own, *values])
         write_whole(self.trials, text.getvalue())
 

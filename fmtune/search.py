@@ -32,7 +32,7 @@ from fmtune.summary import conclude
 from fmtune.timing import Timing, is_finished, read_clock, write_clock
 from fmtune.trackers import connect_trackers, track
 from fmtune.trial import SharedData
-from fmtune.view import create_view, format_seconds
+from fmtune.view import create_view, format_seconds, print_plain
 
 SpaceSource = Space | str | Path | Mapping[str, Any]
 _KEPT_PARTS = {"data": "data", "baseline": "baseline", "fixed": "trial", "ranges": "trial", "storage": "storage"}
@@ -285,7 +285,7 @@ def _read_finished(path: Path, space: Space) -> RunResult | None:
     if summary["broken_off"]:
         return None
     more = "search.trials and search.time" if space.time_limit else "search.trials"
-    Console().print(f"{path} has finished; for more of it raise {more}", markup=False, highlight=False, soft_wrap=True)
+    print_plain(Console(), f"{path} has finished; for more of it raise {more}")
     return RunResult(folder, summary)
 
 

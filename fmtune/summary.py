@@ -28,7 +28,7 @@ from fmtune.predict import Measured, evaluate_model, wilson_interval
 from fmtune.run import RunFolder, TrialRecord
 from fmtune.stored import Images
 from fmtune.training import EpochMetrics, Evaluation
-from fmtune.view import describe_values, format_seconds
+from fmtune.view import describe_values, format_seconds, print_plain
 
 
 def conclude(context: RunContext, choice: Choice) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def print_summary(console: Console, folder: RunFolder, summary: dict[str, Any]) 
     run = shlex.quote(str(folder.path))
     following = f"fmtune evaluate {run} --data FILE    fmtune predict {run} FILE -o out.csv"
     for name, text in [*describe_summary(folder, summary), ("next", following)]:
-        console.print(f"{name:<11}{text}", markup=False, highlight=False, soft_wrap=True)
+        print_plain(console, f"{name:<11}{text}")
 
 
 def _describe_finalists(finalists: list[dict[str, Any]]) -> str:

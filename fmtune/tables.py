@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fmtune.describe import Description
 from fmtune.run import RunFolder
-from fmtune.view import format_seconds
+from fmtune.view import format_seconds, print_plain
 
 _MATRIX_CLASSES = 20
 """Classes of a confusion matrix that a terminal has room for."""
@@ -21,17 +21,17 @@ _MATRIX_CLASSES = 20
 def print_evaluation(console: Console, measured: dict[str, Any]) -> None:
     """Accuracy with its interval, a line a class, and the confusion matrix of up to `_MATRIX_CLASSES` of them."""
     low, high = measured["interval"]
-    _print(console, f"accuracy  {measured['accuracy']:.4f}  (95% interval {low:.4f} to {high:.4f})")
-    _print(console, f"loss      {measured['loss']:.4f}")
+    print_plain(console, f"accuracy  {measured['accuracy']:.4f}  (95% interval {low:.4f} to {high:.4f})")
+    print_plain(console, f"loss      {measured['loss']:.4f}")
     table = _create_table("label", "name", "images", "precision", "recall", "f1")
     for row in measured["per_class"]:
         ratios = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("precision", "recall", "f1"))
         table.add_row(str(row["label"]), Text(row["name"]), f"{row['images']:,}", *ratios)
     console.print(table)
     if len(measured["per_class"]) > _MATRIX_CLASSES:
-        _print(console, "\nconfusion matrix: by --json")
+        print_plain(console, "\nconfusion matrix: by --json")
         return
-    _print(console, "\nimages of each class (a line), by the class that they were taken for (a column)")
+    print_plain(console, "\nimages of each class (a line), by the class that they were taken for (a column)")
     labels = [str(row["label"]) for row in measured["per_class"]]
     matrix = _create_table("label", *labels)
     for label, counts in zip(labels, measured["confusion"], strict=True):
@@ -43,12 +43,12 @@ def print_description(console: Console, description: Description) -> None:
     """Rows, shape, classes, pixels and problems of a source."""
     loaded, pixels = description.loaded, description.pixels
     channels, height, width = loaded.table.images.shape[1:]
-    _print(console, f"source    {loaded.source} ({loaded.origin})")
-    _print(console, f"rows      {len(loaded.table):,}")
-    _print(console, f"images    {height} x {width}, {channels} channel{'s' if channels > 1 else ''}")
-    _print(console, f"pixels    {description.lowest} to {description.highest} of 0 to 255")
-    _print(console, f"mean      {_join(pixels.mean)}  (of pixels scaled to 0..1)")
-    _print(console, f"std       {_join(pixels.std)}")
+    print_plain(console, f"source    {loaded.source} ({loaded.origin})")
+    print_plain(console, f"rows      {len(loaded.table):,}")
+    print_plain(console, f"images    {height} x {width}, {channels} channel{'s' if channels > 1 else ''}")
+    print_plain(console, f"pixels    {description.lowest} to {description.highest} of 0 to 255")
+    print_plain(console, f"mean      {_join(pixels.mean)}  (of pixels scaled to 0..1)")
+    print_plain(console, f"std       {_join(pixels.std)}")
     table = _create_table("label", "name", "rows")
     for label, name, count in zip(
         description.classes.labels, description.classes.names, description.counts, strict=True
@@ -56,13 +56,13 @@ def print_description(console: Console, description: Description) -> None:
         table.add_row(str(label), Text(name), f"{count:,}")
     console.print(table)
     for problem in description.problems or ("none found",):
-        _print(console, f"problems  {problem}")
+        print_plain(console, f"problems  {problem}")
 
 
 def print_runs(console: Console, folders: Sequence[RunFolder], runs: Path) -> None:
     """A line a run; the baseline by the split that its result was measured on."""
     if not folders:
-        _print(console, f"no runs in {runs}")
+        print_plain(console, f"no runs in {runs}")
         return
     table = _create_table("run", "trials", "val_accuracy", "test_accuracy", "baseline", "time")
     for folder in folders:
@@ -96,7 +96,3 @@ def _join(values: Sequence[float]) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

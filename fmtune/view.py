@@ -70,7 +70,7 @@ class _LineView:
         pass
 
     def note(self, line: str) -> None:
-        _print(self._console, f"[{format_seconds(self._board.elapsed)}] {line}")
+        print_plain(self._console, f"[{format_seconds(self._board.elapsed)}] {line}")
 
     def on_end(self, record: TrialRecord) -> None:
         best = self._board.best
@@ -104,7 +104,7 @@ class _LiveView:
         self._live.stop()
 
     def note(self, line: str) -> None:
-        _print(self._console, line)
+        print_plain(self._console, line)
 
     def on_end(self, record: TrialRecord) -> None:
         if record.state == "failed":
@@ -275,5 +275,6 @@ def _label(name: str, text: Text) -> Text:
     return Text.assemble((f"{name:<{_LABEL_WIDTH}}", "dim"), text)
 
 
-def _print(console: Console, line: str) -> None:
+def print_plain(console: Console, line: str) -> None:
+    """Print a line as it is: no markup, no colours, and not broken where the screen ends."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,9 @@ has to find one as good. The ways:
 - fmtune: `fmtune.search`, as `fmtune search` runs it.
 - random: the same without a model of what has been seen and without early stopping.
 - ray: a Tune function with a `TorchTrainer` of one worker within, `OptunaSearch` and `ASHAScheduler`, images from a
-  `DataLoader`, as Ray's documentation has it; two trials side by side.
+  `DataLoader`, as Ray's documentation has it. Function and worker take the CPU that each has by default, which is one
+  trial at a time on two cores.
+- ray-packed: the same with functions that ask for a twentieth of a CPU, so that there are two trials side by side.
 - optuna: one process with all cores, images in memory, Optuna's TPE and Hyperband pruner; the step is fmtune's.
 
 Networks and optimizers are fmtune's in all of them. Each run is a process of its own and alone; with each seed every
@@ -164,7 +166,8 @@ def search_optuna(seconds: float, seed: int) -> Outcome:
     )
 
 
-def search_ray(seconds: float, seed: int) -> Outcome:
+def search_ray(seconds: float, seed: int, driver_cpus: float = 1.0, side_by_side: int = CORES // 2) -> Outcome:
+    """`side_by_side` trials; what their functions leave of the cores is their workers'."""
     import documented
     import ray
     import ray.train
@@ -180,12 +183,13 @@ def search_ray(seconds: float, seed: int) -> Outcome:
     space = load_space(seconds, seed)
     ray.init(log_to_driver=False, logging_level="ERROR")
     folder = tempfile.mkdtemp(prefix="search-ray-")
+    worker_cpus = CORES / side_by_side - driver_cpus
 
     def tune_one(config: dict[str, Any]) -> None:
         trainer = TorchTrainer(
             documented.train,
             train_loop_config=config["trial"],
-            scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.95}),
+            scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": worker_cpus}),
             run_config=ray.train.RunConfig(
                 name=tune.get_context().get_trial_id(), storage_path=folder, callbacks=[TuneReportCallback()]
             ),
@@ -193,8 +197,7 @@ def search_ray(seconds: float, seed: int) -> Outcome:
         trainer.fit()
 
     tuner = tune.Tuner(
-        # As much as leaves room for both workers.
-        tune.with_resources(tune_one, {"CPU": 0.05}),
+        tune.with_resources(tune_one, {"CPU": driver_cpus}),
         tune_config=tune.TuneConfig(
             metric="val_accuracy",
             mode="max",
@@ -206,7 +209,7 @@ def search_ray(seconds: float, seed: int) -> Outcome:
             ),
             scheduler=ASHAScheduler(max_t=EPOCHS, grace_period=1, reduction_factor=3),
             num_samples=space.search.trials,
-            max_concurrent_trials=CORES,
+            max_concurrent_trials=side_by_side,
             time_budget_s=seconds - (time.monotonic() - started),
         ),
         run_config=tune.RunConfig(name="search", storage_path=folder, verbose=0),
@@ -242,6 +245,7 @@ def _test(data: TrainingData, config: TrialConfig, weights: Mapping[str, Tensor]
 WAYS: dict[str, Callable[[float, int], Outcome]] = {
     "fmtune": search_fmtune,
     "ray": search_ray,
+    "ray-packed": partial(search_ray, driver_cpus=0.05, side_by_side=CORES),
     "optuna": search_optuna,
     "random": search_random,
 }

@@ -81,12 +81,26 @@ def test_the_best_and_the_running_trials_are_modelled(direction: str, monkeypatc
     seen = _spy(monkeypatch)
     study = _create_study(_bounded(), 1000, direction)
     running = [study.ask() for _ in range(3)]
-    study.ask().suggest_float("x", 0.0, 1.0)
+    for trial in (*running, study.ask()):
+        trial.suggest_float("x", 0.0, 1.0)
     good, bad = ([trial.number for trial in trials] for trials in seen[-2:])
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     nearest = sorted(complete, key=lambda trial: abs(trial.params["x"] - BEST))[:25]
     assert good == sorted(trial.number for trial in nearest)
     assert {trial.number for trial in running} <= set(bad)
+
+
+@pytest.mark.parametrize("ended", [20, 1000])
+def test_the_baseline_is_not_among_the_good_trials(ended: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no values, and better than all others it would be the first of those few."""
+    seen = _spy(monkeypatch)
+    study = _create_study(_bounded(), ended)
+    study.ask().suggest_float("x", 0.0, 1.0)
+    without = [trial.number for trial in seen[-2]]
+    study = _create_study(_bounded(), ended)
+    study.add_trial(create_trial(state=TrialState.COMPLETE, value=1.0))
+    study.ask().suggest_float("x", 0.0, 1.0)
+    assert [trial.number for trial in seen[-2]] == without != []
 
 
 def test_a_search_of_many_trials_still_closes_in() -> None:

@@ -34,6 +34,7 @@ from optuna.trial import TrialState
 from search import EPOCHS, load_space
 from training import fit_rows
 
+from fmtune.config import flatten
 from fmtune.data import load_training_data
 from fmtune.samplers import STARTUP_TRIALS, create_tpe
 
@@ -42,8 +43,6 @@ SPACE = load_space(seconds=600, seed=0)
 RUNGS, REDUCTION, SLOTS = (1, 3), 3, 2
 START, CLOSING, PHASE = 12.0, 12.0, 8.0
 """Seconds until the first trial begins; of the end; of a phase beside training."""
-BASELINE_SECONDS = 14.6
-"""An epoch of the baseline."""
 SCATTER = (0.10, 0.06, 0.05, 0.035, 0.02)
 """Standard deviation of the logarithm of the error from one training to the next, by epoch."""
 Values = Mapping[str, Any]
@@ -171,7 +170,8 @@ class Search:
         asked = self._study.ask()
         if not self._trials:
             # What it comes to is not looked at.
-            trial = _Trial(0, None, [0.0] * EPOCHS, BASELINE_SECONDS, EPOCHS, asked)
+            seconds, epochs = epoch_seconds(flatten(SPACE.baseline)), SPACE.baseline.epochs
+            trial = _Trial(0, None, [0.0] * epochs, seconds, epochs, asked)
         else:
             values = SPACE.suggest(asked)
             curve = self._world.train(values, self._draws)

@@ -72,15 +72,8 @@ def _all_of(study: optuna.Study) -> optuna.Study:
 
 
 def _leave_out_undrawn(study: optuna.Study) -> optuna.Study:
-    """The baseline lies outside the ranges and has no values.
-
-    CMA-ES and the Gaussian process search the parameters that all finished trials have in common.
-    """
-    return _only_drawn(study, study.get_trials(deepcopy=False))
-
-
-def _only_drawn(study: optuna.Study, trials: Sequence[FrozenTrial]) -> optuna.Study:
-    return _Excerpt(study, [trial for trial in trials if trial.params])
+    """CMA-ES and the Gaussian process search the parameters that all finished trials have in common."""
+    return _Excerpt(study, study.get_trials(deepcopy=False))
 
 
 class MostTelling:
@@ -89,8 +82,6 @@ class MostTelling:
     What it takes TPE to draw a trial grows with those that it models: 1 ms for 100 of them, 95 ms for 10,000 in a space
     of two values. All but the best tell where nothing is to be found, and every tenth of them tells as much. With
     several objectives, where no order says which are best, all trials are modelled.
-
-    The baseline, which has no values, is left out: among the good trials it would take the place of one that has some.
     """
 
     def __init__(self) -> None:
@@ -100,18 +91,21 @@ class MostTelling:
     def __call__(self, study: optuna.Study) -> optuna.Study:
         trials = study.get_trials(deepcopy=False)
         if len(trials) <= _MODELLED + _CHOSEN_EVERY or len(study.directions) > 1:
-            return _only_drawn(study, trials)
+            return _Excerpt(study, trials)
         if len(trials) >= self._chosen_of + _CHOSEN_EVERY:
             self._chosen, self._chosen_of = _choose(trials, study.direction), len(trials)
-        return _only_drawn(study, [*(trials[i] for i in self._chosen), *trials[self._chosen_of :]])
+        return _Excerpt(study, [*(trials[i] for i in self._chosen), *trials[self._chosen_of :]])
 
 
 class _Excerpt(optuna.Study):
-    """A study as a sampler sees it that is to see only some of its trials."""
+    """A study as a sampler sees it that is to see only some of its trials, and none without values.
+
+    The baseline lies outside the ranges and has none: among TPE's few good trials it would take the place of another.
+    """
 
     def __init__(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
         super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
-        self._seen = trials
+        self._seen = [trial for trial in trials if trial.params]
 
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False

@@ -43,6 +43,8 @@ SPACE = load_space(seconds=600, seed=0)
 RUNGS, REDUCTION, SLOTS = (1, 3), 3, 2
 START, CLOSING, PHASE = 12.0, 12.0, 8.0
 """Seconds until the first trial begins; of the end; of a phase beside training."""
+REFIT_SHARE = 0.75
+"""Seconds that a training on both cores is reckoned to take, of those on one."""
 SCATTER = (0.10, 0.06, 0.05, 0.035, 0.02)
 """Standard deviation of the logarithm of the error from one training to the next, by epoch."""
 Values = Mapping[str, Any]
@@ -212,8 +214,8 @@ class Search:
         return self._limit - now - finalists - _ending(longest)
 
     def _can_begin(self, now: float) -> bool:
-        whole = [trial.whole_seconds for trial in self._trials if trial.is_whole]
-        return self._left(now) > min(whole or [t.seconds for t in self._trials if t.done], default=0.0)
+        epochs = EPOCHS if any(trial.is_whole for trial in self._trials) else 1
+        return self._left(now) > min((epochs * t.seconds for t in self._trials if t.values and t.done), default=0.0)
 
     def _can_go_on(self, trial: _Trial, now: float) -> bool:
         further = EPOCHS - len(trial.done) if any(t.is_whole for t in self._trials) else 1
@@ -237,8 +239,8 @@ class Search:
 
 
 def _ending(longest: float) -> float:
-    """Seconds of the refit, of a training that takes so long, and of the end."""
-    return PHASE + longest * 10 / 9 + CLOSING
+    """Seconds of the refit on both cores, of a training that takes so long on one, and of the end."""
+    return PHASE + REFIT_SHARE * longest * 10 / 9 + CLOSING
 
 
 def _cost(config: Any) -> float:

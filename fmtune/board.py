@@ -91,6 +91,11 @@ class Board:
             self._of_ended = looked_at, leader
         return self._first_of([leader, *(r for r in list(self.records.values()) if r.state == "running")])
 
+    @property
+    def baseline(self) -> TrialRecord | None:
+        """What the others are compared with, once it has begun."""
+        return self.records.get(0) if self.has_baseline else None
+
     def _first_of(self, records: Iterable[TrialRecord | None]) -> TrialRecord | None:
         sign = 1 if self.larger else -1
         measured = [

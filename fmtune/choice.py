@@ -17,7 +17,7 @@ from fmtune.data import measure_pixels
 from fmtune.explore import rank
 from fmtune.model import Pixels
 from fmtune.objectives import Objectives
-from fmtune.room import measure_capacity, whole_machine
+from fmtune.room import measure_capacity
 from fmtune.run import TrialRecord
 from fmtune.seeds import derive_seed
 from fmtune.storage import fetch
@@ -190,8 +190,8 @@ def stands_out(values: Sequence[Sequence[float]]) -> bool:
 class Chooser:
     """Arrives at a `Choice` within the time that is left."""
 
-    def __init__(self, context: RunContext, timing: Timing, is_own: bool) -> None:
-        self._context, self._timing, self._is_own = context, timing, is_own
+    def __init__(self, context: RunContext, timing: Timing, refit_resources: ResourcesConfig) -> None:
+        self._context, self._timing, self._refit_resources = context, timing, refit_resources
         self._images_trained = 0
 
     def choose(self) -> Choice:
@@ -316,13 +316,10 @@ class Chooser:
             context.view.note("no time is left to refit on all rows; the winner's own weights are taken")
             return None
         context.board.phase = "refitting on all rows"
-        # Nothing else runs now, so the one training gets the whole machine.
-        alone = self._is_own and context.space.resources.workers == 1
-        resources = whole_machine(context.space.resources) if alone else context.space.resources
         shared = replace(context.shared, pixels=self._all_pixels())
         task = replace(self._fresh_task(winner, _REFIT, "refit"), rows="all")
         single = _Single(task)
-        self._run(single, shared, resources, "refit", 1)
+        self._run(single, shared, self._refit_resources, "refit", 1)
         outcome = single.outcome
         if outcome.checkpoint is None or len(outcome.history) < winner.config.epochs:
             reason = outcome.cause or "out of time"

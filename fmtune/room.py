@@ -46,6 +46,11 @@ def whole_machine(resources: ResourcesConfig) -> ResourcesConfig:
     return resources.model_copy(update={"cpus": cpus})
 
 
+def refit_resources(resources: ResourcesConfig, is_own: bool) -> ResourcesConfig:
+    """What the refit gets: nothing runs beside it, so one worker has the whole of a machine that is the run's own."""
+    return whole_machine(resources) if is_own and resources.workers == 1 else resources
+
+
 def measure_capacity(resources: ResourcesConfig) -> Capacity:
     """What the cluster has now of the resource that trials share out among them."""
     kind = "GPU" if resources.gpus else "CPU"

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fmtune.board import Board
 from fmtune.choice import Choice, Chooser
+from fmtune.config import ResourcesConfig
 from fmtune.context import RunContext
 from fmtune.data import TrainingData, load_training_data
 from fmtune.errors import DataError, FmtuneError, InputError, RunFailed, RunFolderError, SpaceError, first_line
@@ -22,7 +23,7 @@ from fmtune.memory import Source, place_sources
 from fmtune.probe import check_channels, read_all_weights
 from fmtune.report import write_report
 from fmtune.result import RunResult
-from fmtune.room import check_room, count_slots, whole_machine
+from fmtune.room import check_room, count_slots, refit_resources, whole_machine
 from fmtune.run import RunFolder
 from fmtune.session import interruptible, quiet, ray_session
 from fmtune.space import Space
@@ -31,7 +32,7 @@ from fmtune.study import check_study
 from fmtune.summary import conclude
 from fmtune.timing import Timing, is_finished, read_clock, write_clock
 from fmtune.trackers import connect_trackers, track
-from fmtune.trial import SharedData
+from fmtune.trial import SharedData, count_threads
 from fmtune.view import create_view, format_seconds, print_plain
 
 SpaceSource = Space | str | Path | Mapping[str, Any]
@@ -197,8 +198,16 @@ def run_space(
                     space = replace(space, resources=whole_machine(space.resources))
                 shared = SharedData.of(data, weights)
                 context = RunContext(space, data, shared, folder, board, view, tracking, check, can_grow)
-                timing = Timing(space, folder, board, _rows_ratio(data), lambda: count_slots(space.resources))
-                choice = _choose(context, timing, is_own)
+                for_refit = refit_resources(space.resources, is_own)
+                timing = Timing(
+                    space,
+                    folder,
+                    board,
+                    rows_ratio=_rows_ratio(data),
+                    slots=lambda: count_slots(space.resources),
+                    refit_threads=_threads_ratio(for_refit, space.resources),
+                )
+                choice = _choose(context, timing, for_refit)
             board.phase = "measuring on the test split"
             try:
                 summary = conclude(context, choice)
@@ -296,7 +305,7 @@ def _in_words(value: str | Sequence[object] | None) -> str:
     return value if isinstance(value, str) else f"[{', '.join(map(str, value))}]"
 
 
-def _choose(context: RunContext, timing: Timing, is_own: bool) -> Choice:
+def _choose(context: RunContext, timing: Timing, for_refit: ResourcesConfig) -> Choice:
     Exploration(context, timing).run()
     records = list(context.board.records.values())
     if not rank(records, context.board.metric, context.board.larger):
@@ -312,7 +321,7 @@ def _choose(context: RunContext, timing: Timing, is_own: bool) -> Choice:
             f"what Ray said is in {context.folder.log}, and what the trials' processes said in Ray's session folder; "
             "mend the cause, and go on with --resume or another --name",
         )
-    return Chooser(context, timing, is_own).choose()
+    return Chooser(context, timing, for_refit).choose()
 
 
 def _create_board(space: Space, data: TrainingData, folder: RunFolder, started: float) -> Board:
@@ -331,3 +340,8 @@ def _create_board(space: Space, data: TrainingData, folder: RunFolder, started: 
 
 def _rows_ratio(data: TrainingData) -> float:
     return (len(data.train_rows) + len(data.validation_rows)) / len(data.train_rows)
+
+
+def _threads_ratio(for_refit: ResourcesConfig, for_trial: ResourcesConfig) -> float:
+    """Threads of the refit to each of a trial's; a GPU is not made faster by them."""
+    return 1.0 if for_trial.gpus else count_threads(for_refit) / count_threads(for_trial)

@@ -96,7 +96,7 @@ def _summarise(context: RunContext, choice: Choice) -> dict[str, Any]:
         "test_accuracy": None,
         "test_interval": None,
         "test_loss": None,
-        "baseline": _describe_baseline(board.records[0]) if board.has_baseline and 0 in board.records else None,
+        "baseline": _describe_baseline(board.baseline) if board.baseline else None,
         "seconds": round(board.elapsed, 1),
         "images_trained": choice.images_trained
         + sum(context.images_trained(record.config, len(record.history)) for record in records),
@@ -158,7 +158,7 @@ def _look_ahead(board: Board, search: SearchConfig) -> dict[str, Any] | None:
     curves = [(record, errors) for record in board.records.values() if (errors := _errors_of(record, board))]
     whole: defaultdict[int, list[list[float]]] = defaultdict(list)
     for record, errors in curves:
-        if record.state == "complete" and not (board.has_baseline and record.number == 0):
+        if record.state == "complete" and record is not board.baseline:
             whole[record.config.epochs].append(errors)
     best = min((errors[-1] for _, errors in curves), default=0.0)
     drawn = [(record, errors) for record, errors in curves if record.number >= first_drawn]

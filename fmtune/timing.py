@@ -19,6 +19,9 @@ _ROUND_SHARE = 0.1
 (`benchmarks/README.md`)."""
 _PHASE_SECONDS = 8.0
 """Seconds that a phase takes beside training: processes start and import torch."""
+_SERIAL_SHARE = 0.5
+"""Part of a step that more threads don't make faster. Refits on two have taken 0.63 to 0.67 of a trial's time on one,
+which is a part of a third at most; small networks gain less, and a refit that does not end in time is lost."""
 _CLOSING_SECONDS = 12.0
 """Seconds set aside for the test split, the report and the end of Ray."""
 _CLOCK_SECONDS = 1.0
@@ -34,13 +37,22 @@ class Timing:
         board: whose deadline and records are looked at.
         rows_ratio: rows of the refit over rows of a trial.
         slots: asks how many trials run side by side.
+        refit_threads: threads of the refit to each of a trial's.
     """
 
     def __init__(
-        self, space: Space, folder: RunFolder, board: Board, rows_ratio: float, slots: Callable[[], int]
+        self,
+        space: Space,
+        folder: RunFolder,
+        board: Board,
+        rows_ratio: float,
+        slots: Callable[[], int],
+        refit_threads: float = 1.0,
     ) -> None:
         self._search, self._limit, self._folder, self._board = space.search, space.time_limit, folder, board
-        self._rows_ratio, self._slots = rows_ratio, slots
+        # Amdahl (1967).
+        self._refit_ratio = rows_ratio * (_SERIAL_SHARE + (1 - _SERIAL_SHARE) / refit_threads)
+        self._slots = slots
         self._saved = 0.0
         self._reserve = 0.0
         self._next_reckoning = 0.0
@@ -50,16 +62,17 @@ class Timing:
         return self._search_seconds() <= 0
 
     def can_begin(self) -> bool:
-        """Whether the time left carries the cheapest training so far, begun anew, to its end.
+        """Whether the time left carries the cheapest trial of the space so far, begun anew, to its end.
 
         Before one has come to its end any trial is better than none, and its first epoch is enough.
         """
         if self._limit is None:
             return True
         records = list(self._board.records.values())
-        whole = [record.seconds for record in records if record.state == "complete"]
-        first_epochs = [record.history[0].seconds for record in records if record.history]
-        return self._search_seconds() > min(whole or first_epochs, default=0.0)
+        # What the baseline takes tells nothing of the others: it may be a fraction of their epochs.
+        drawn = [record for record in records if record.history and record is not self._board.baseline]
+        is_enough = full_seconds if self._has_whole() else (lambda record: record.history[0].seconds)
+        return self._search_seconds() > min(map(is_enough, drawn), default=0.0)
 
     def can_go_on(self, epochs: int, epoch: int, seconds: float) -> bool:
         """Whether the time left carries a trial of so many epochs, `seconds` long up to `epoch`, to its end.
@@ -116,10 +129,10 @@ class Timing:
         return self._board.left - _CLOSING_SECONDS - reserve > self._round_seconds(leaders)
 
     def refit_seconds(self, leaders: Sequence[TrialRecord]) -> float:
-        """Seconds that a refit of the slowest of these takes on one trial's resources; 0 without a refit."""
+        """Seconds that a refit of the slowest of these takes; 0 without a refit."""
         if not self._search.refit or not leaders:
             return 0.0
-        return _PHASE_SECONDS + self._rows_ratio * max(map(full_seconds, leaders))
+        return _PHASE_SECONDS + self._refit_ratio * max(map(full_seconds, leaders))
 
     def save_clock(self) -> None:
         """Note the time used, once a second at most, so that a resumed run counts it."""

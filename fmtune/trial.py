@@ -296,7 +296,12 @@ def _report_to_train(metrics: EpochMetrics, state: TrainingState) -> None:
 
 def set_threads(resources: ResourcesConfig) -> None:
     """Torch's threads as this worker's share of the machine."""
-    torch.set_num_threads(max(1, math.floor(resources.cpus or 1)))
+    torch.set_num_threads(count_threads(resources))
+
+
+def count_threads(resources: ResourcesConfig) -> int:
+    """Threads that each worker computes with on the CPU."""
+    return max(1, math.floor(resources.cpus or 1))
 
 
 _held: dict[tuple[str, torch.device], tuple[Tensor | ImageStream, Tensor]] = {}

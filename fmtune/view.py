@@ -158,7 +158,7 @@ def _describe(board: Board, console: Console) -> Iterator[tuple[str, Text]]:
     if (best := board.best) is not None:
         found = f"  trial {best.number}  {describe_params(best)}"
         yield "best", Text.assemble((_value(board, best), "bold green"), found)
-    if board.has_baseline and (baseline := board.records.get(0)) is not None:
+    if (baseline := board.baseline) is not None:
         epochs = f"epoch {len(baseline.history)} of {baseline.config.epochs}"
         yield "baseline", Text(f"{_value(board, baseline)}  {epochs}")
     if len(curve := board.curve) > 1:
@@ -233,7 +233,7 @@ def _fit(text: Text, console: Console) -> Text:
 def describe_end(record: TrialRecord, board: Board) -> str:
     """How a trial ended, in one line."""
     what = f"trial {record.number}"
-    if record.number == 0 and board.has_baseline:
+    if record is board.baseline:
         what += " (baseline)"
     if record.state == "failed":
         return f"{what} failed: {record.cause}"

@@ -19,13 +19,15 @@ from fmtune.training import EpochMetrics
 EPOCHS = 5
 
 
-def create_timing(folder: Path, left: float, search: Mapping[str, Any], *records: TrialRecord) -> Timing:
+def create_timing(
+    folder: Path, left: float, search: Mapping[str, Any], *records: TrialRecord, refit_threads: float = 1.0
+) -> Timing:
     """The timing of a run with `left` seconds to go."""
     now = time.monotonic()
     board = Board("", 99, "val_accuracy", True, started=now, deadline=now + left)
     board.records = {record.number: record for record in records}
     space = Space.load({"search": {"time": "1h", **search}, "trial": {"epochs": EPOCHS}})
-    return Timing(space, RunFolder(folder), board, rows_ratio=1.0, slots=lambda: 2)
+    return Timing(space, RunFolder(folder), board, 1.0, lambda: 2, refit_threads)
 
 
 def create_record(number: int, epochs: int, state: State, accuracy: float = 0.9) -> TrialRecord:
@@ -37,6 +39,7 @@ def create_record(number: int, epochs: int, state: State, accuracy: float = 0.9)
 
 
 WHOLE, PART = create_record(1, EPOCHS, "complete"), create_record(2, 2, "running", accuracy=0.8)
+SHORT_BASELINE = TrialRecord(0, TrialConfig(epochs=2), {}, "complete", create_record(0, 2, "complete").history)
 ALONE = {"refit": False, "finalists": 0}
 
 
@@ -48,6 +51,8 @@ ALONE = {"refit": False, "finalists": 0}
         (50, [PART], False),
         (250, [WHOLE, PART], False),  # what can't come to its end can't be chosen any more
         (400, [WHOLE, PART], True),
+        (250, [SHORT_BASELINE, PART], False),  # others take longer than it did
+        (30, [SHORT_BASELINE], True),
     ],
 )
 def test_a_trial_is_begun_only_if_it_can_come_to_something(
@@ -74,6 +79,13 @@ def test_time_for_finalists_and_refit_is_set_aside(tmp_path: Path, left: float, 
     timing = create_timing(tmp_path, left, {"finalists": 2}, PART, *others)
     assert timing.can_go_on(EPOCHS, epoch=2, seconds=120.0) == can
     assert timing.has_round(others, is_first=True)
+
+
+@pytest.mark.parametrize(("threads", "seconds"), [(1, 308), (2, 233), (16, 167.375)])
+def test_a_refit_is_reckoned_by_the_threads_that_it_has(tmp_path: Path, threads: int, seconds: float) -> None:
+    """Half of five minutes is shared out among them, and eight seconds go to the start."""
+    timing = create_timing(tmp_path, 1000, {}, WHOLE, refit_threads=threads)
+    assert timing.refit_seconds([WHOLE]) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(("time", "worth"), [("1h", True), ("40m", False)])

@@ -17,7 +17,7 @@ from typing import Any  # noqa: E402
 import click  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from fmtune.errors import FmtuneError, InputError, RunFailed  # noqa: E402
+from fmtune.errors import FmtuneError, InputError, RunFailed, first_line  # noqa: E402
 
 _SPACE = click.argument("space", metavar="SPACE.yaml", type=click.Path(path_type=Path))
 _RUN = click.argument("run", metavar="RUN")
@@ -239,6 +239,10 @@ def main() -> None:
     except click.ClickException as error:
         click.echo(f"error: {error.format_message()}", err=True)
         raise SystemExit(InputError.exit_code) from None
+    except OSError as error:
+        # A disk that is full, or a folder that this user may not write to.
+        click.echo(f"error: {first_line(error)}", err=True)
+        raise SystemExit(RunFailed.exit_code) from None
     except (click.Abort, KeyboardInterrupt):
         click.echo("error: interrupted", err=True)
         raise SystemExit(130) from None

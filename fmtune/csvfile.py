@@ -119,6 +119,9 @@ def read_header(file: File) -> tuple[list[str] | None, int]:
         raise DataError(f"{file.place}: the file is empty; expected a line of column names or of numbers")
     if len(first) < 2:
         raise DataError(f"{file.place}:1: one column only; expected a label and pixels, separated by commas")
+    if len(set(first)) < len(first) and not any(map(_is_number, first)):
+        double = next(name for name in first if first.count(name) > 1)
+        raise DataError(f"{file.place}:1: two columns are called {double!r}; expected names that differ")
     # Names of columns differ from one another; a row of numbers with a word among them is a spoiled row. pandas numbers
     # columns that have no names.
     is_named = not all(map(_is_integer, first)) and len(set(first)) == len(first)
@@ -144,6 +147,14 @@ def _lines(stream: Any) -> Iterator[bytes]:
         yield from (line + b"\n" for line in lines)
     if rest:
         yield rest
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_integer(value: str) -> bool:

@@ -63,10 +63,10 @@ def check_writable(output: Path) -> None:
         raise InputError(f"{output}: this user may not write to {output.parent}; choose another folder")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file aside and move it into place, so that no reader sees half of it."""
     aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8", newline="")
+    aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     aside.replace(path)
 
 

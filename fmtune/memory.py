@@ -41,7 +41,10 @@ def place_sources(config: DataConfig, data: Source | None, test: Source | None) 
     if isinstance(test, str | Path):
         sources["test"] = without_credentials(str(test), "test")
     elif test is not None:
-        sources["test"] = keep_table(table_of_memory(test, layout, "test", names))
+        table = table_of_memory(test, layout, "test", names)
+        if names and not table.names:
+            raise DataError(f"test: integer labels; the training rows have {', '.join(names.values())}")
+        sources["test"] = keep_table(table)
     return config.model_copy(update=sources)
 
 
@@ -136,6 +139,8 @@ def _number_labels(
         return labels.astype(np.int64), {}
     if (row := next((row for row, label in enumerate(labels) if not isinstance(label, str)), None)) is not None:
         raise DataError(f"{place}: row {row}: label {labels[row]}; expected integers, or strings throughout")
+    if (row := next((row for row, label in enumerate(labels) if not label), None)) is not None:
+        raise DataError(f"{place}: row {row}: an empty label; leave the row out, or name its class")
     if names is None:
         names = dict(enumerate(sorted(set(map(str, labels)))))
     numbers = {name: number for number, name in names.items()}

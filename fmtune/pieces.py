@@ -261,12 +261,24 @@ def check_shape(found: tuple[int, ...], shape: tuple[int, int, int], place: str)
         raise DataError(f"{place}: images are {found}; the model takes {shape} (channels, height, width)")
 
 
+def _check_name(name: str) -> None:
+    """Refuse a name that neither Arrow nor a table takes: Python has bytes that are no UTF-8 in it as surrogates.
+
+    Raises:
+        DataError: it is one.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise DataError(f"{name!a}: a name that is no UTF-8; rename the file")
+
+
 def _split_pictures(files: Sequence[File], folder: str, shape: tuple[int, int, int]) -> list[Piece[pa.Table]]:
     """Pictures, called by their place without the `folder` that it begins with."""
     if shape[0] not in MODES:
         raise DataError(
             f"{files[0].place}: pictures are grey, RGB or RGBA, the model takes {shape[0]} channels; use a table"
         )
+    for file in files:
+        _check_name(file.place)
     step = min(_PICTURES, rows_of_block(shape))
     parts = [files[start : start + step] for start in range(0, len(files), step)]
     # The size of one stands for those of its neighbours.

@@ -97,8 +97,9 @@ def predict(
     """Write the class of each image of a source, and the probability of every class, to a CSV or Parquet file.
 
     Columns: `row` from 0 on, for pictures `file`, `label`, `name`, and `probability_<class>` for each class's name.
-    Rows are in the order of the source, and no more than some blocks of them are held at a time. Up to 16 MiB of images
-    are predicted in this process, more by Ray Data on all CPUs, or all GPUs where there are any.
+    Rows are in the order of the source, and no more than some blocks of them are held at a time. Up to 16 MiB of
+    images, and a data set that goes by its name, are predicted in this process; more by Ray Data on all CPUs, or all
+    GPUs where there are any.
 
     Args:
         run: a run folder, or a name under `runs`.
@@ -167,7 +168,9 @@ def evaluate_model(
     device = next(model.network.parameters()).device
     if rows is not None and not isinstance(images, StoredImages):
         images, labels, rows = images[rows], labels[rows], None
-    chosen = torch.arange(len(images)) if rows is None else torch.tensor(rows)
+    # The rows of a stream are looked up on the CPU.
+    place = torch.device("cpu") if isinstance(images, StoredImages) else device
+    chosen = torch.arange(len(images), device=place) if rows is None else torch.tensor(rows, device=place)
     network = MirrorMean(model.network) if tta else model.network
     batches = Batches(place_images(images, device), torch.tensor(labels, device=device), chosen)
     return evaluate_batches(network, model.preprocess, batches)

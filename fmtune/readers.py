@@ -139,7 +139,8 @@ def _count_columns(file: File) -> int:
             case "csv":
                 return read_header(file)[1]
             case "parquet":
-                return len(pq.read_schema(file.path, filesystem=file.system))
+                schema = pq.read_schema(file.path, filesystem=file.system)
+                return len(schema) - len(_index_columns(schema))
             case "idx":
                 return 0
 
@@ -217,6 +218,8 @@ def table_of_arrow(table: pa.Table, layout: Layout, place: str) -> Table:
     """
     if table.num_rows == 0:
         raise DataError(f"{place}: no rows; expected one image a row")
+    if not isinstance(layout.label, int):
+        table = table.drop_columns([name for name in _index_columns(table.schema) if name != layout.label])
     label = find_label(layout.label, table.column_names, table.num_columns, place)
     if label is not None and layout.ignores_labels:
         table, label = table.remove_column(label), None
@@ -234,6 +237,13 @@ def table_of_arrow(table: pa.Table, layout: Layout, place: str) -> Table:
     return table_of_columns(_cast_pixels(table, label, place), label, shape)
 
 
+def _index_columns(schema: pa.Schema) -> list[str]:
+    """Columns that are the index of a frame that pandas has written, such as the rows' numbers before a shuffle."""
+    described = schema.pandas_metadata or {}
+    # An index that only counts is described, and is no column.
+    return [name for name in described.get("index_columns", []) if isinstance(name, str) and name in schema.names]
+
+
 def _cast_pixels(table: pa.Table, label: int | None, place: str) -> pa.Table:
     for position, name in enumerate(table.column_names):
         if position != label:
@@ -247,7 +257,7 @@ def _cast_pixels(table: pa.Table, label: int | None, place: str) -> pa.Table:
 def _table_of_image_column(table: pa.Table, label: int | None, shape: Shape | None, place: str) -> Table:
     """A table with one column of whole images: tensors, lists or bytes of pixels."""
     position = 1 - label if label is not None else 0
-    images = table.column(position).combine_chunks()
+    images = _widen(table.column(position)).combine_chunks()
     is_planar = False
     if isinstance(images.type, pa.FixedShapeTensorType):
         shape, is_planar = _fit_tensor(tuple(images.type.shape), shape, place)
@@ -277,20 +287,28 @@ def _table_of_image_column(table: pa.Table, label: int | None, shape: Shape | No
     return Table(nchw, _label_column(table, label))
 
 
+def _widen(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of bytes or lists with offsets of 64 bits: with those of 32 a piece of it can't be longer than 2 GiB."""
+    kind = column.type
+    if pa.types.is_binary(kind):
+        return column.cast(pa.large_binary())
+    return column.cast(pa.large_list(kind.value_type)) if pa.types.is_list(kind) else column
+
+
 def _fit_tensor(sizes: tuple[int, ...], shape: Shape | None, place: str) -> tuple[Shape, bool]:
     """Height, width and channels of tensors of these sizes, and whether their channels come first.
 
     Raises:
         DataError: they are no images, or not those of the layout's `shape`.
     """
-    if len(sizes) == 2:
-        sizes = (*sizes, 1)
-    if len(sizes) != 3:
+    if len(sizes) not in (2, 3):
         raise DataError(f"{place}: tensors of shape {sizes}; expected (height, width) or (height, width, channels)")
-    first, second, last = sizes
+    first, second, last = sizes if len(sizes) == 3 else (*sizes, 1)
     turned = (second, last, first)
     if shape is None:
-        is_planar = first in (1, 3) and last not in (1, 3, 4)
+        is_planar, is_last = len(sizes) == 3 and first in (1, 3), last in (1, 3, 4)
+        if is_planar == is_last:
+            raise DataError(f"{place}: tensors of shape {sizes}; set data.shape to [height, width, channels]")
         return (turned, True) if is_planar else ((first, second, last), False)
     if shape not in ((first, second, last), turned):
         raise DataError(f"{place}: tensors of shape {sizes}; expected height, width, channels {shape}")

@@ -37,7 +37,8 @@ class RunResult:
         """A row a trial, as trials.csv has it.
 
         Columns are `number`, `state`, `epoch`, `val_accuracy` (0 to 1), `val_loss`, `seconds`, and `params.KEY` of each
-        searched key: NaN where it is null, or the trial has no such value.
+        searched key: NaN where it is null, or the trial has no such value. With `search.objectives` those that are no
+        column yet come before the keys, and `pareto`, whether the trial is on the front.
         """
         return pd.read_csv(self.folder.trials)
 

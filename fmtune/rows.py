@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -76,8 +79,14 @@ def check_output(output: Path, source: str) -> None:
     if output.suffix not in _WRITERS:
         raise InputError(f"{output}: format not known by its name; expected .csv or .parquet")
     check_writable(output)
-    if output.exists() and Path(source).exists() and output.samefile(source):
+    if output.exists() and any(output.samefile(path) for path in _files_named(source)):
         raise InputError(f"{output}: is the input; choose another name")
+
+
+def _files_named(source: str) -> list[str]:
+    """Files of this machine that a path, glob or `file:` URL names."""
+    path = unquote(urlsplit(source).path) if source.startswith("file:") else source
+    return [name for name in (path, *glob.glob(path, recursive=True)) if os.path.isfile(name)]
 
 
 class RowWriter:

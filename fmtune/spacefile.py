@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
 
 from fmtune.config import (
     MUTABLE,
@@ -243,7 +245,8 @@ class SpaceReader:
         if is_url(storage) and urlsplit(storage).scheme not in _STORES:
             self._add("storage", f"{storage!r}; expected a path, or a URL of {', '.join(_STORES)}")
             return None
-        return storage
+        # A path is the same wherever the run goes on from.
+        return storage if is_url(storage) else os.path.abspath(storage)
 
     def _read_baseline(self, baseline: Any) -> str | dict[str, Any]:
         if isinstance(baseline, dict):
@@ -458,7 +461,9 @@ def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _lines_of(mapping: CommentedMap, prefix: str = "") -> Iterator[tuple[str, int]]:
     for key, value in mapping.items():
-        yield f"{prefix}{key}", mapping.lc.data[key][0] + 1
+        # What a merge key (<<) brings in has no place of its own.
+        place = (mapping.lc.data or {}).get(key, (mapping.lc.line,))
+        yield f"{prefix}{key}", place[0] + 1
         if isinstance(value, CommentedMap):
             yield from _lines_of(value, f"{prefix}{key}.")
 
@@ -469,6 +474,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
+    if isinstance(value, ScalarBoolean):  # an int to Python
+        return bool(value)
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)

@@ -102,7 +102,7 @@ Images: TypeAlias = NDArray[np.uint8] | StoredImages
 """uint8 (N, C, H, W), in memory or stored."""
 
 
-def write_table(file: File, parts: Iterable[Table]) -> int:
+def write_table(file: File, parts: Iterable[Table]) -> None:
     """Write a table to a file, which is there once it is whole.
 
     A column of bytes an image: Parquet reads and writes fixed-size bytes at the disk's speed, and lists of uint8, which
@@ -112,26 +112,22 @@ def write_table(file: File, parts: Iterable[Table]) -> int:
         file: where to.
         parts: of the table, one at least; shape and names are those of the first.
 
-    Returns:
-        The number of rows.
-
     Raises:
         DataError: the place can't be written to; or what `parts` raise.
     """
     try:
-        return _write_table(file, parts)
+        _write_table(file, parts)
     except OSError as error:
         raise DataError(f"{file.place}: can't be written ({error}); set FMTUNE_CACHE to a place that can") from None
 
 
-def _write_table(file: File, parts: Iterable[Table]) -> int:
+def _write_table(file: File, parts: Iterable[Table]) -> None:
     parts = iter(parts)
     first = next(parts)
     shape = first.images.shape[1:]
     block_rows = max(1, _BLOCK_BYTES // math.prod(shape))
     metadata = {"shape": json.dumps(shape), "names": json.dumps(list(first.names.items()))}
     schema = pa.schema({"image": pa.binary(math.prod(shape)), "label": pa.int64()}, metadata)
-    rows = 0
     with (
         _aside(file) as path,
         pq.ParquetWriter(
@@ -140,8 +136,6 @@ def _write_table(file: File, parts: Iterable[Table]) -> int:
     ):
         for table in _cut(chain([first], parts), block_rows, schema):
             writer.write_table(table, row_group_size=block_rows)
-            rows += len(table)
-    return rows
 
 
 def _cut(parts: Iterable[Table], block_rows: int, schema: pa.Schema) -> Iterator[pa.Table]:

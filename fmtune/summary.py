@@ -37,9 +37,10 @@ def conclude(context: RunContext, choice: Choice) -> dict[str, Any]:
     Raises:
         DataError: the test split can't be read. All else is written before.
     """
-    save_model(context.folder.best, choice.model)
     choice.model.to(_device(context))
     summary, own = _summarise(context, choice), _measure_own(context, choice)
+    # Late, so that the model and the figures of an earlier attempt stay together as long as they can.
+    save_model(context.folder.best, choice.model)
     _write(context, choice, summary, own, None)
     test = None
     if has_test_split(context.space.data, context.data.loaded):

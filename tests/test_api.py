@@ -123,6 +123,7 @@ def test_the_shape_settles_what_the_sizes_leave_open() -> None:
         ((np.zeros((2, 4, 4), np.uint8), [0]), "data: labels of shape (1,); expected (2,), one for each image"),
         ((np.zeros((2, 4, 4), np.uint8), [0.5, 1]), "data: row 0: label 0.5; expected integers, or strings throughout"),
         ((np.zeros((2, 4, 4), np.uint8), np.array(["a", None])), "data: row 1: label None; expected integers, or"),
+        ((np.zeros((2, 4, 4), np.uint8), ["a", ""]), "data: row 1: an empty label; leave the row out, or name its"),
         (pd.DataFrame({"label": [0, 1], "a": [0, 300]}), "data: column a: "),
         (pd.DataFrame({"label": [0, 1], "a": [0.5, 1]}), "data: column a: "),
         (pd.DataFrame({"label": [0, 1], "a": [0, None]}), "data: column a: 1 values are missing"),
@@ -139,6 +140,13 @@ def test_a_mistake_in_memory_is_one_line(data: object, problem: str) -> None:
     (line,) = caught.value.lines
     assert line.startswith(problem)
     assert "\n" not in line
+
+
+def test_a_test_split_numbered_by_somebody_else_is_refused() -> None:
+    """Names are numbered in their order, which need not be that of the numbers that the test split has."""
+    images = np.zeros((2, 4, 4), np.uint8)
+    with pytest.raises(DataError, match=r"test: integer labels; the training rows have cat, dog"):
+        place_sources(DataConfig(train="sample"), (images, ["dog", "cat"]), (images, [0, 1]))
 
 
 def test_arrays_of_another_shape_than_the_spaces_are_refused() -> None:

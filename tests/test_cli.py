@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -63,6 +64,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, ray_cluster: None) -> Path:
     assert _main("search", folder / "tiny.yaml", "--runs", folder / "runs", "--name", "one") == 0
     return folder / "runs" / "one"
+
+
+def test_a_full_disk_is_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(importlib.import_module("fmtune.export"), "export", fill)
+    assert _main("export", run, "--format", "safetensors", "-o", tmp_path / "m.safetensors") == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from fmtune import load, predict
 from fmtune.checkpoint import create_preprocess, create_trained_model, save_model
 from fmtune.config import TrialConfig
 from fmtune.data import Classes
-from fmtune.errors import InputError
+from fmtune.errors import DataError, InputError
 from fmtune.model import Pixels, create_model
 from fmtune.pictures import find_pictures, read_picture
+from fmtune.pieces import find_pieces
 from fmtune.rows import write_rows
 from fmtune.space import Space
 
@@ -191,6 +193,12 @@ def test_grey_pictures_suit_a_model_of_colour_and_the_other_way_round(
     _assert_rows(pd.read_parquet(tmp_path / "out.parquet"), _expected(run, grey))
 
 
+def test_a_picture_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).touch()
+    with pytest.raises(DataError, match=r"caf\\udce9.png': a name that is no UTF-8; rename the file"):
+        find_pieces(str(tmp_path), "label", (1, 28, 28))
+
+
 def test_a_name_stands_for_its_test_split(run: Path, tmp_path: Path) -> None:
     assert predict(run, "sample", tmp_path / "out.parquet") == 1000
 
@@ -202,6 +210,8 @@ def test_a_name_stands_for_its_test_split(run: Path, tmp_path: Path) -> None:
         ("t.csv", "no/out.csv", "no/out.csv: no folder no; make it, or name one that exists"),
         ("t.csv", "folder.csv", "folder.csv: is a folder; expected a file's name"),
         ("t.csv", "t.csv", "t.csv: is the input; choose another name"),
+        ("t*.csv", "t.csv", "t.csv: is the input; choose another name"),
+        ("file://{folder}/t.csv", "t.csv", "t.csv: is the input; choose another name"),
         ("no.csv", "out.csv", "no.csv: no such file"),
         ("*.parquet", "out.csv", "*.parquet: no such file"),
         ("folder.csv", "out.csv", "folder.csv: no PNG or JPEG files in the folder; for tables give a glob, such as "),
@@ -219,7 +229,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     Path("folder.csv").mkdir()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     with pytest.raises(InputError) as caught:
-        predict(run, source, output)
+        predict(run, source.format(folder=tmp_path), output)
     (line,) = caught.value.lines
     assert line.startswith(problem)
     assert "\n" not in line

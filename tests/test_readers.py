@@ -18,7 +18,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from fmtune.datasets import read_named
 from fmtune.errors import DataError
 from fmtune.files import File
-from fmtune.readers import Layout, Table, read_files, to_tensors
+from fmtune.readers import Layout, Table, fit_layout, read_files, to_tensors
 
 SAMPLE = Path(read_named.__code__.co_filename).parent / "sample"
 
@@ -351,6 +351,38 @@ def test_parquet_of_tensors_with_channels_first_keeps_its_pixels_in_their_places
     assert np.array_equal(_read(tmp_path / "rows.parquet", Layout(shape=shape)).images, images)
     refusal = _refusal(tmp_path / "rows.parquet", Layout(shape=(5, 4, 3)))
     assert "tensors of shape (3, 4, 5); expected height, width, channels (5, 4, 3)" in refusal
+
+
+@pytest.mark.parametrize("sizes", [(4, 6, 5), (3, 6, 3), (3, 6, 4)])
+def test_tensors_whose_channels_are_not_known_are_refused(sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    images = np.zeros((2, *sizes), np.uint8)
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(images)
+    path = _parquet(tmp_path / "t.parquet", label=pa.array([0, 1]), image=tensors)
+    assert _refusal(path) == f"t.parquet: tensors of shape {sizes}; set data.shape to [height, width, channels]"
+    height, width, channels = sizes
+    assert _read(path, Layout(shape=sizes)).images.shape == (2, channels, height, width)
+
+
+@pytest.mark.parametrize("index", [None, "number"])
+def test_the_index_of_a_frame_is_no_column(index: str | None, tmp_path: Path) -> None:
+    """Parquet has one where the rows were shuffled."""
+    frame = _sample_frame().sample(frac=1, random_state=0).rename_axis(index=index)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    table = _read(tmp_path / "rows.parquet")
+    _assert_is_frame(table, frame, "label")
+    fitted = fit_layout(_file(tmp_path / "rows.parquet"), Layout(shape=(28, 28, 1), ignores_labels=True))
+    assert fitted.label == "label"
+
+
+def test_labels_may_be_the_index_of_a_frame(tmp_path: Path) -> None:
+    frame = _sample_frame()
+    frame.set_index("label").to_parquet(tmp_path / "rows.parquet")
+    _assert_is_frame(_read(tmp_path / "rows.parquet"), frame, "label")
+
+
+def test_columns_of_a_csv_that_are_called_alike_are_told(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("label,p,p,p,p\n1,2,3,4,5\n")
+    assert _refusal(tmp_path / "t.csv") == "t.csv:1: two columns are called 'p'; expected names that differ"
 
 
 def test_a_folder_called_as_a_partition_adds_no_column(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fmtune.errors import RunFolderError
 from fmtune.report import write_report
 from fmtune.report.findings import (
     Gain,
+    describe_weakest,
     diagnose,
     error_by_chance,
     judge,
@@ -142,6 +143,13 @@ def test_per_class_table_has_dashes_where_there_is_no_ratio(page: str) -> None:
     assert row and re.sub(r"<[^>]+>", " ", row[1]).split() == ["0", "-", "-", "-"]
     # Class 0: 200 hits of 250 true and 257 predicted.
     assert "80.00%" in page and "77.82%" in page and "78.90%" in page
+
+
+def test_a_class_that_the_test_split_has_not_is_none_of_the_weakest() -> None:
+    """It has an F1 of 0 once it is predicted."""
+    rows = [{"name": "absent", "images": 0, "f1": 0.0}, {"name": "boot", "images": 5, "f1": 0.9}]
+    assert describe_weakest({"per_class": rows}) == "Lowest F1 on the test split: boot (90.00%)."
+    assert describe_weakest({"per_class": rows[:1]}) is None
 
 
 def test_command_can_be_pasted(page: str, searched: RunFolder) -> None:

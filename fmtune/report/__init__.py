@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fmtune.files import write_whole
 from fmtune.report.card import create_card
 from fmtune.report.markdown import create_markdown
 from fmtune.report.page import create_page
@@ -39,8 +40,5 @@ def write_report(folder: RunFolder) -> list[Path]:
         folder.card: create_card(run),
     }
     for path, text in texts.items():
-        # Written aside and moved, so that a browser never opens half a page.
-        aside = path.with_name(f"{path.name}.part")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, text)
     return [*texts, *drawings]

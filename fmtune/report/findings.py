@@ -220,8 +220,8 @@ def count_mistakes(test: Any) -> tuple[int, int]:
 
 
 def describe_weakest(test: Any) -> str | None:
-    """The three classes with the lowest F1; None where no class has one."""
-    known = sorted((row for row in test["per_class"] if row["f1"] is not None), key=lambda row: row["f1"])
+    """The three classes with the lowest F1, of those that the test split has; None where it has none."""
+    known = sorted((row for row in test["per_class"] if row["images"]), key=lambda row: row["f1"])
     weakest = [f"{row['name']} ({percent(row['f1'])})" for row in known[:3]]
     return f"Lowest F1 on the test split: {listing(weakest)}." if weakest else None
 

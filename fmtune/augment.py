@@ -60,7 +60,9 @@ def batch_rotate(images: Tensor, degrees: float, generator: Generator) -> Tensor
         ],
         dim=1,
     )
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    # Under autocast it would be a grid of bfloat16, half a pixel coarse at the edge of a large image.
+    with torch.autocast(images.device.type, enabled=False):
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     turned = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return turned.round_().to(torch.uint8)
 

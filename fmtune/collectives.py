@@ -84,13 +84,15 @@ def _connect() -> _SharedSums | None:
     size = workers * (_LINE + 2 * _PART)
     path = _create(size) if rank == 0 else None
     shared: list[Any] = [path]
-    dist.broadcast_object_list(shared)
-    memory = None if shared[0] is None else _map(Path(shared[0]), size)
-    found: list[Any] = [None] * workers
-    dist.all_gather_object(found, memory is not None)
-    if path is not None:
-        # Mapped memory stays until the last worker has ended, however it does.
-        path.unlink()
+    try:
+        dist.broadcast_object_list(shared)
+        memory = None if shared[0] is None else _map(Path(shared[0]), size)
+        found: list[Any] = [None] * workers
+        dist.all_gather_object(found, memory is not None)
+    finally:
+        if path is not None:
+            # Mapped memory stays until the last worker has ended, however it does.
+            path.unlink()
     return _SharedSums(memory, rank, workers) if memory is not None and all(found) else None
 
 
@@ -99,10 +101,14 @@ def _create(size: int) -> Path | None:
         return None
     try:
         descriptor, path = tempfile.mkstemp(prefix="fmtune-", dir=_MEMORY)
+    except OSError:
+        return None
+    try:
         with os.fdopen(descriptor, "wb") as file:
             # Written, not only reserved: a full memory must be noticed here.
             file.write(bytes(size))
     except OSError:
+        os.unlink(path)
         return None
     return Path(path)
 

@@ -56,15 +56,18 @@ class _NormalizeGlobally(torch.autograd.Function):
         mean, variance = mean.float(), variance.float()
         ctx.save_for_backward(x, weight, mean, variance, total)
         ctx.eps = eps
-        ctx.mark_non_differentiable(mean, variance, total)
-        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, total.float()
+        values = total.float()
+        ctx.mark_non_differentiable(mean, variance, values)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, total = ctx.saved_tensors
+        # Empty statistics of the batch stand for none; the kernel for GPUs does not take None.
+        empty = mean.new_empty(0)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            gradient, x, weight, mean, variance, empty, empty, False, ctx.eps, [True, True, True]
         )
         sums = torch.stack([grad_bias, grad_weight]).double()
         sum_over_workers(sums)

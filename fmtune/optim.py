@@ -63,7 +63,11 @@ class Optimization:
         for optimizer in self.optimizers:
             if isinstance(optimizer, ConvMuon):
                 optimizer.take_gradients()
-            self._scaler.step(optimizer)
+            if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+                self._scaler.step(optimizer)
+            else:
+                # All frozen still, which a scaler refuses; schedulers want to see a step.
+                optimizer.step()
         self._scaler.update()
         # The scale falls where gradients overflowed and the update was passed over.
         if self._scaler.get_scale() >= scale:

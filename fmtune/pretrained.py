@@ -53,11 +53,13 @@ class Weights:
         source: where they came from.
         tensors: by the name of the parameter or buffer.
         classes: that their head tells apart; None where nothing says so.
+        normalize: whether they were trained on normalised images; None where nothing says so.
     """
 
     source: str
     tensors: Mapping[str, Tensor]
     classes: Classes | None
+    normalize: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def read_weights(config: ModelConfig, cache: Path) -> Weights:
     if config.pretrained == "imagenet":
         return _fetch_published(config.depth, cache)
     file = _find_file(config.pretrained)
-    return Weights(config.pretrained, _read_file(file), _read_classes(file))
+    return Weights(config.pretrained, _read_file(file), _read_classes(file), _read_normalize(file))
 
 
 def load_pretrained(
@@ -215,6 +217,15 @@ def _read_classes(path: Path) -> Classes | None:
     except (OSError, ValueError, LookupError, TypeError):
         # Something else that goes by that name.
         return None
+
+
+def _read_normalize(path: Path) -> bool | None:
+    """Whether a run trained its weights on normalised images, by what it writes beside them."""
+    try:
+        normalize = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))["trial"]["normalize"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return normalize if isinstance(normalize, bool) else None
 
 
 def _check_weights(weights: object, path: Path) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,6 +87,14 @@ def read_all_weights(space: Space, data: TrainingData) -> tuple[dict[str, Weight
             weights[key] = read_weights(model, weights_folder())
         network = create_model(model, data.image_shape[0], len(data.classes))
         lines.append(load_pretrained(network, model, weights[key], data.classes).describe())
+    for config in space.samples():
+        found = weights.get(weights_key(config.model))
+        if found is not None and found.normalize not in (None, config.normalize):
+            key = "baseline" if config is space.baseline else "trial"
+            lines.append(
+                f"{found.source}: its images were {'' if found.normalize else 'not '}normalised; "
+                f"set {key}.normalize to {str(found.normalize).lower()} here too"
+            )
     return weights, list(dict.fromkeys(lines))
 
 
@@ -108,7 +117,8 @@ def probe_space(space: Space, data: TrainingData, threads: int) -> tuple[list[Pr
     chosen = [configs[cheapest]] if costs[cheapest] == costs[dearest] else [configs[cheapest], configs[dearest]]
     torch.set_num_threads(threads)
     probes = [_try(config, data, space.resources) for config in chosen]
-    return probes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return probes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def count_operations(config: TrialConfig, data: TrainingData) -> int:

@@ -201,6 +201,7 @@ class Training:
         state, config = self.state, self._config
         state.epoch += 1
         feed = self._prepare_epoch()
+        prepared = time.perf_counter()
         learning_rate = state.optimization.learning_rate
         train_loss = self._train(feed)
         trained = time.perf_counter()
@@ -213,7 +214,8 @@ class Training:
             val_loss=None if result is None else result.loss,
             val_accuracy=None if result is None else result.accuracy,
             learning_rate=learning_rate,
-            images_per_second=images / (trained - started),
+            # Without the one pass through frozen stages, which is not of every epoch.
+            images_per_second=images / (trained - prepared),
             seconds=state.seconds,
         )
 
@@ -259,7 +261,8 @@ class Training:
             with autocast(self._precision, train.device):
                 x, targets = feed.prepare(images, draws, part), labels[part]
                 loss = _training_loss(self._forward, x, targets, config, mixing)
-            state.optimization.minimise(loss)
+            # Workers' gradients are averaged: each counts by its images, of which one may have one more than another.
+            state.optimization.minimise(loss * (len(targets) * train.workers / len(labels)))
             if state.average is not None:
                 state.average.update(state.network, (state.epoch - 1) * self._epoch_steps + step + 1)
             losses[step], counts[step] = loss.detach(), len(targets)

@@ -17,6 +17,7 @@ import ray.data
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -288,10 +289,12 @@ def _report_to_tune(metrics: EpochMetrics, state: TrainingState) -> None:
 def _report_to_train(metrics: EpochMetrics, state: TrainingState) -> None:
     if ray.train.get_context().get_world_rank() != 0:
         ray.train.report({})
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save_training(Path(folder), state.state_dict(), metrics)
-        ray.train.report(metrics.as_dict(), checkpoint=ray.train.Checkpoint.from_directory(folder))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            save_training(Path(folder), state.state_dict(), metrics)
+            ray.train.report(metrics.as_dict(), checkpoint=ray.train.Checkpoint.from_directory(folder))
+    # The first brings its checkpoint to the storage, which may take longer than workers wait for one another in a step.
+    dist.barrier()
 
 
 def set_threads(resources: ResourcesConfig) -> None:

@@ -100,6 +100,14 @@ def test_rotate_turns_as_torchvision_does(height: int, width: int) -> None:
     assert int((turned.int() - torch.stack(expected).int()).abs().max()) <= 1
 
 
+def test_rotate_is_as_exact_under_autocast() -> None:
+    """Its grid is a product of matrices, which would be of bfloat16: at 224 pixels half of one off."""
+    images = _images(n=2, height=224, width=224)
+    with torch.autocast("cpu", torch.bfloat16):
+        turned = batch_rotate(images, 40.0, _generator())
+    assert torch.equal(turned, batch_rotate(images, 40.0, _generator()))
+
+
 def test_rotate_turns_both_ways() -> None:
     """Property: a pixel right of the centre moves up in some images and down in others."""
     images = torch.zeros(50, 1, 21, 21, dtype=torch.uint8)

@@ -62,6 +62,17 @@ def test_every_worker_has_the_sum_of_all(is_shared: bool, tmp_path: Path) -> Non
     assert {path for path in Path("/dev/shm").iterdir() if path.name.startswith("fmtune-")} <= before
 
 
+def test_memory_that_is_full_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fmtune.collectives, "_MEMORY", tmp_path)
+
+    def refuse(size: int) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fmtune.collectives, "bytes", refuse, raising=False)
+    assert fmtune.collectives._create(4096) is None
+    assert not list(tmp_path.iterdir())
+
+
 def _wait_in_vain(rank: int, folder: str) -> None:
     fmtune.collectives._PATIENCE = 0.2
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

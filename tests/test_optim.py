@@ -268,5 +268,17 @@ def test_a_step_that_overflows_under_loss_scaling_leaves_no_trace(name: Name) ->
         assert torch.allclose(skipping.state_dict()[key], value, rtol=1e-5, atol=1e-5), key
 
 
+def test_loss_scaling_goes_with_convolutions_that_are_all_frozen_still() -> None:
+    network = _network(freeze=5).train()
+    before = copy.deepcopy(network.state_dict())
+    optimization = Optimization(
+        network, OptimConfig(name="muon", lr=0.01), steps=3, loss_scaling=True, will_unfreeze=True
+    )
+    for _ in range(2):
+        optimization.minimise(network(torch.ones(2, 1, 8, 8)).sum())
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
 def _sum_of_parameters(network: nn.Module) -> Tensor:
     return torch.stack([parameter.sum() for parameter in network.parameters()]).sum()

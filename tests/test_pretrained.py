@@ -510,6 +510,16 @@ def test_trials_start_from_weights_that_the_driver_has_read(ray_cluster: None, t
     assert all(torch.equal(own[name], value) for name, value in source.state_dict().items() if name not in HEAD)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_weights_of_a_run_that_normalised_otherwise_are_told(tmp_path: Path, normalize: bool) -> None:
+    _save_run(tmp_path / "run", 1, {"stem": "small"}, classes=10)
+    model = {"width": 4, "stem": "small", "pretrained": str(tmp_path / "run")}
+    space = Space.load({"data": {"train": "sample"}, "trial": {"model": model, "normalize": normalize}})
+    _, lines = read_all_weights(space, load_training_data(space.data))
+    told = [line for line in lines if line.endswith("its images were normalised; set trial.normalize to true here too")]
+    assert len(told) == (not normalize)
+
+
 def test_loading_without_pretrained_is_a_programmers_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to load"):
         read_weights(ModelConfig(), tmp_path)

@@ -6,6 +6,8 @@ import math
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +22,7 @@ from fmtune.batches import Batches
 from fmtune.config import AugmentConfig, ModelConfig, OptimConfig, TrialConfig
 from fmtune.errors import NonFiniteLoss
 from fmtune.model import Pixels, Preprocess, create_model
+from fmtune.optim import Optimization
 from fmtune.training import EpochMetrics, TrainingState, _training_loss, evaluate, fit, select_precision, should_compile
 
 PLAIN = AugmentConfig(flip=False, translate=0)
@@ -261,13 +264,27 @@ def test_each_epoch_has_its_own_draws() -> None:
     assert first.val_loss == pytest.approx(second.val_loss, rel=1e-6)
 
 
-def test_each_worker_has_its_own_draws() -> None:
-    """Property: as above, between two workers that share the batches of one epoch."""
+def test_workers_draw_as_one_does() -> None:
+    """Property: as above; each image is changed in its own way, and by two workers as by one."""
     optim = OptimConfig(name="sgd", lr=1e-12, schedule="constant", label_smoothing=0.0)
     config = _config(augment=AugmentConfig(translate=2), optim=optim)
     (first,) = _fit(_linear(3), _copies_of_one_image(16, rank=0, workers=2), config)
     (second,) = _fit(_linear(3), _copies_of_one_image(16, rank=1, workers=2), config)
+    (alone,) = _fit(_linear(3), _copies_of_one_image(16), config)
     assert first.train_loss != pytest.approx(second.train_loss, rel=1e-3)
+    assert fmean([first.train_loss, second.train_loss]) == pytest.approx(alone.train_loss, rel=1e-6)
+
+
+def test_each_image_weighs_the_same_however_many_workers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of workers are averaged, and a batch of 8 has parts of 2, 3 and 3: the mean of what they minimise."""
+    minimised: list[float] = []
+    monkeypatch.setattr(Optimization, "minimise", lambda self, loss: minimised.append(float(loss.detach())))
+    whole = _noise(8, classes=3)
+    for rank in range(3):
+        _fit(_linear(3), replace(whole, rank=rank, workers=3), _config(batch_size=8))
+    _fit(_linear(3), whole, _config(batch_size=8))
+    *parts, alone = minimised
+    assert fmean(parts) == pytest.approx(alone, rel=1e-6)
 
 
 def test_poisoned_weights_are_reported_at_the_first_step_of_their_epoch() -> None:

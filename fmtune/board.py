@@ -25,6 +25,11 @@ class Flight:
     epochs: int
     last: EpochMetrics | None = None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the last epoch has been reported; the training's process has yet to say that it ends."""
+        return self.last is not None and self.last.epoch == self.epochs
+
 
 @dataclass(frozen=True)
 class Capacity:

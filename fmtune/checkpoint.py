@@ -20,6 +20,8 @@ from fmtune.model import Pixels, Preprocess, create_model
 from fmtune.pretrained import imagenet_pixels
 from fmtune.training import EpochMetrics
 
+CHECKPOINT_FILES = ("tensors.safetensors", "state.json", "metrics.json")
+"""What `save_training` writes."""
 _TENSOR, _ITEMS = "__tensor__", "__items__"
 """Marks, in the JSON of a training state, of a tensor's key and of a mapping whose keys are not strings."""
 
@@ -128,7 +130,7 @@ def read_json(path: Path) -> Any:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors row-major, in a file that the user's umask applies to, unlike that of `save_file`."""
-    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def _detach_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from statistics import fmean, variance
 from typing import Any, Protocol
 
@@ -26,8 +27,8 @@ from fmtune.training import EpochMetrics
 from fmtune.trial import SharedData, Task
 from fmtune.tuner import TaskRounds, Until, run_trials
 
-_REFIT = 0
-"""Round of the refit's seed; the finalists' rounds count from 1."""
+_REFIT = FINALIST_ROUNDS + 1
+"""Round of the refit's seed: that after the finalists' last, for round 0 has the seed of the trial itself."""
 _CLEAR_ERRORS = 3
 """Standard errors of a lead from which on retraining would not change who leads."""
 
@@ -217,8 +218,9 @@ class Chooser:
         ranked = rank(list(board.records.values()), board.metric, board.larger)
         finalists: Mapping[int, Sequence[EpochMetrics]] = {}
         if self._context.objectives is None:
-            finalists = self._retrain_finalists(ranked)
-            winner = self._pick(ranked, finalists)
+            finalists, out = self._retrain_finalists(ranked)
+            # Where all are out, what they came to at first is the best that there is.
+            winner = self._pick([record for record in ranked if record.number not in out] or ranked, finalists)
         else:
             winner = self._pick_of_front(self._context.objectives, ranked)
         refit = self._refit(winner)
@@ -251,30 +253,35 @@ class Chooser:
             "seconds": space.time_limit,
         }
 
-    def _retrain_finalists(self, ranked: Sequence[TrialRecord]) -> dict[int, list[EpochMetrics]]:
-        """What the leaders reach from fresh seeds, by trial number; empty where this is skipped or not finished."""
+    def _retrain_finalists(self, ranked: Sequence[TrialRecord]) -> tuple[dict[int, list[EpochMetrics]], set[int]]:
+        """What the leaders reach from fresh seeds, and the numbers of those that failed.
+
+        The former by trial number, empty where this is skipped or not finished.
+        """
         context, search = self._context, self._context.space.search
         leaders = [record for record in ranked if record.state == "complete"][: search.retrained]
         if len(leaders) < 2:
-            return {}
+            return {}, set()
         if lead := self._clear_lead(leaders):
             context.view.note(f"trial {leaders[0].number} leads by {lead}; it is taken without retraining finalists")
-            return {}
+            return {}, set()
         if not self._timing.rounds_are_worth_it(leaders):
             context.view.note(
                 "retraining the finalists would take more than it is worth in so short a time; it is skipped"
             )
-            return {}
+            return {}, set()
         if not self._timing.has_round(leaders, is_first=True):
             context.view.note("no time is left to retrain the finalists; the leader is taken as it is")
-            return {}
+            return {}, set()
         context.board.phase = f"retraining {len(leaders)} finalists"
         rounds = _Rounds(leaders, self._fresh_task, self._timing, context.board)
         self._run(rounds, context.shared, context.space.resources, "finalists", FINALIST_ROUNDS * len(leaders), leaders)
+        out = set()
         for record in leaders:
             for cause in rounds.failures(record):
                 context.view.note(f"trial {record.number} failed from a fresh seed, and is out: {cause}")
-        return rounds.results()
+                out.add(record.number)
+        return rounds.results(), out
 
     def _clear_lead(self, leaders: Sequence[TrialRecord]) -> str | None:
         """The leader's lead in words where chance in the validation rows does not explain it, else None."""
@@ -316,7 +323,7 @@ class Chooser:
             context.view.note("no time is left to refit on all rows; the winner's own weights are taken")
             return None
         context.board.phase = "refitting on all rows"
-        shared = replace(context.shared, pixels=self._all_pixels())
+        shared = replace(context.shared, pixels=self._all_pixels)
         task = replace(self._fresh_task(winner, _REFIT, "refit"), rows="all")
         single = _Single(task)
         self._run(single, shared, self._refit_resources, "refit", 1)
@@ -361,14 +368,16 @@ class Chooser:
         seed = derive_seed(self._context.space.search.seed, record.number, round_)
         return replace(self._context.task_of(record), name=name, seed=seed, number=None, resume_from=None)
 
+    @cached_property
     def _all_pixels(self) -> Pixels:
+        """Of training and validation rows together; of a stream that is a pass over all images."""
         return measure_pixels(self._context.data.images, self._context.space.data.resize)
 
     def _refitted_model(self, winner: TrialRecord, checkpoint: str) -> TrainedModel:
         data = self._context.data
         with fetch(self._context.storage.below(checkpoint).place) as folder:
             weights = load_weights(folder)
-        return create_trained_model(winner.config, self._all_pixels(), data.classes, data.image_shape, weights)
+        return create_trained_model(winner.config, self._all_pixels, data.classes, data.image_shape, weights)
 
 
 class _Collector:

@@ -29,6 +29,8 @@ from fmtune.tuner import PopulationSearch, StudySearch, Until, run_trials
 
 _BASELINE_SHARE = 0.25
 """Part of the time that the baseline may take."""
+_ENDING_SECONDS = 20.0
+"""Seconds for a trial that has trained its last epoch to end in, its checkpoint on the way to the storage."""
 _SAME_FAILURES = 5
 """Failures of one cause in a row that end the search: the next trial would fail as well."""
 _STATES: dict[TrialState, State] = {
@@ -47,6 +49,7 @@ class Exploration:
         self._records = context.board.records
         self._failures: list[str] = []
         self._started: set[int] = set()
+        self._over_since: float | None = None
         self._trials = _TrialsFile(context)
         self._own = RunTrials(None if context.space.search.storage is None else context.folder.run_id)
         self._study: optuna.Study
@@ -109,7 +112,7 @@ class Exploration:
         population = Population(
             context.space, self._value_at, lambda number, epoch: Random(derive_seed(seed, number, epoch))
         )
-        return PopulationSearch(population, self._records, context.task_of, self._adopt, **options)
+        return PopulationSearch(population, self._timing, self._records, context.task_of, self._adopt, **options)
 
     def _count_tasks(self, ended: int) -> int:
         """How many tasks Tune may be given, when so many trials have ended."""
@@ -201,12 +204,13 @@ class Exploration:
                 if not trial.state.is_finished():
                     fail(study, trial.number, "interrupted before it began")
                 continue
-            record = TrialRecord(number, config, self._context.space.params_of(config))
+            record = TrialRecord(number, config, self._context.space.params_of(config), _STATES[trial.state])
             record.history = history.get(number, [])
+            record.cause = trial.user_attrs.get(CAUSE)
             adopted = trial.user_attrs.get(ADOPTED)
             record.earlier = parse_earlier(adopted) if adopted else []
             self._restore_checkpoint(record, folders.get(task_name(number), []), adopted)
-            self._restore_state(record, trial, study)
+            self._end_if_done(record, trial, study)
             self._records[number] = record
             if record.state != "running":
                 self._board.ended.append(number)
@@ -227,36 +231,34 @@ class Exploration:
     def _restore_checkpoint(
         self, record: TrialRecord, folders: Sequence[str], adopted: Mapping[str, Any] | None
     ) -> None:
-        """Find the trial's last checkpoint, and in it an epoch that was trained but not yet entered in the history.
+        """Find the trial's last checkpoint, and let the history of one that goes on end with the epoch of that.
 
-        It has none of its own yet after what it adopted where it was cut off before the epoch that follows.
+        An epoch may have been trained that was not yet entered, or entered before its checkpoint was whole. A trial has
+        no checkpoint of its own yet after what it adopted where it was cut off before the epoch that follows.
         """
-        found = self._context.storage.find_checkpoint(folders)
+        is_open = record.state == "running"
+        found = self._context.storage.find_checkpoint(folders, last=None if is_open else len(record.history))
         if adopted is not None and (found is None or found[1].epoch <= adopted["epoch"]):
-            record.checkpoint = adopted["checkpoint"]
-            return
-        if found is None:
-            return
-        record.checkpoint, metrics = found
-        if metrics.epoch > len(record.history):
-            record.history.append(metrics)
-            self._context.folder.append_history(record.number, metrics)
+            record.checkpoint, reached = adopted["checkpoint"], adopted["epoch"]
+        elif found is not None:
+            record.checkpoint, metrics = found
+            reached = metrics.epoch
+            if is_open and reached > len(record.history):
+                record.history.append(metrics)
+                self._context.folder.append_history(record.number, metrics)
+        else:
+            reached = 0
+        if is_open:
+            record.history = [metrics for metrics in record.history if metrics.epoch <= reached]
 
-    def _restore_state(self, record: TrialRecord, trial: FrozenTrial, study: optuna.Study) -> None:
-        """Take the state, and what a trial died of, from the study.
-
-        One that was cut off after its last epoch is complete.
-        """
-        record.state = _STATES[trial.state]
-        if record.state == "failed":
-            record.cause = trial.user_attrs.get(CAUSE)
+    def _end_if_done(self, record: TrialRecord, trial: FrozenTrial, study: optuna.Study) -> None:
+        """Count a trial that was cut off after its last epoch as complete, in the study too."""
         value = self._board.value(record)
-        if record.cause or len(record.history) < record.config.epochs or value is None:
+        if record.state != "running" or len(record.history) < record.config.epochs or value is None:
             return
-        if record.state == "running":
-            tell(study, trial.number, self._values(record), is_done=True)
-            self._context.tracking.start_trial(record.number, record.config)
-            self._context.tracking.end_trial(record.number, "complete")
+        tell(study, trial.number, self._values(record), is_done=True)
+        self._context.tracking.start_trial(record.number, record.config)
+        self._context.tracking.end_trial(record.number, "complete")
         record.state = "complete"
 
     def _values(self, record: TrialRecord) -> list[float]:
@@ -266,8 +268,17 @@ class Exploration:
         return objectives.measure(record.config, metrics) if objectives else [metrics[self._board.metric] or 0.0]
 
     def _is_over(self) -> bool:
-        """Whether the time is up, or trial after trial dies of one cause."""
-        return self._timing.search_is_over() or self._board.broken_off is not None
+        """Whether the time is up, or trial after trial dies of one cause.
+
+        A trial that has trained its last epoch is waited for a little: once Tune stops everything it reports no more
+        ends, and one that is recovered after the death of its process may take for ever.
+        """
+        if not (self._timing.search_is_over() or self._board.broken_off is not None):
+            return False
+        now = time.monotonic()
+        self._over_since = self._over_since or now
+        is_ending = any(flight.is_done for flight in self._board.in_flight.values())
+        return not is_ending or now - self._over_since > _ENDING_SECONDS
 
     def _count_failure(self, cause: str) -> None:
         # Causes of a kind differ in their figures, such as the step of a loss that is not finite.

@@ -50,6 +50,14 @@ class Population:
         epochs = record.config.epochs
         return min(epochs, len(record.history) + _part(epochs))
 
+    def pick(self, waiting: Sequence[TrialRecord], is_time_for_all: bool) -> TrialRecord:
+        """Who trains next: who has trained least, so that members are compared at equal epochs.
+
+        Without time for all it is who has trained most: some are to come to their ends.
+        """
+        sign = 1 if is_time_for_all else -1
+        return min(waiting, key=lambda record: (sign * len(record.history), record.number))
+
     def judge(self, record: TrialRecord, members: Sequence[TrialRecord], busy: Collection[int] = ()) -> Adoption | None:
         """What a member is to take over before it goes on, None where it goes on as it is.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ray
 
@@ -12,23 +14,37 @@ from fmtune.errors import InputError
 from fmtune.trial import worker_resources
 
 
-def check_room(resources: ResourcesConfig, has_shared_storage: bool, can_grow: bool) -> None:
-    """Find out before the first trial that none could run, as far as the nodes are known.
+def check_room(
+    resources: ResourcesConfig, has_shared_storage: bool, can_grow: bool, note: Callable[[str], None]
+) -> None:
+    """Find out before the first trial that none could run on the nodes that are there.
+
+    Where nodes may come that have what is wanted, `note` is told.
 
     Raises:
-        InputError: a trial wants more than a single machine has, or several nodes have no folder in common.
+        InputError: none could, or several nodes have no folder in common.
     """
-    if can_grow:
-        return
-    if _count_nodes() > 1:
-        if not has_shared_storage:
-            raise InputError("storage: null; several nodes need the path of a folder that all of them share")
-        return
-    available: dict[str, float] = ray.cluster_resources()
-    for name, amount in worker_resources(resources).items():
-        wanted, there = amount * resources.workers, available.get(name, 0)
-        if wanted > there:
-            raise InputError(f"resources: a trial wants {wanted:g} {name}, and this machine has {there:g}")
+    nodes = [node["Resources"] for node in _list_nodes()]
+    if len(nodes) > 1 and not has_shared_storage:
+        raise InputError("storage: null; several nodes need the path of a folder that all of them share")
+    shortage = find_shortage(resources, nodes)
+    if shortage and not can_grow:
+        raise InputError(f"resources: {shortage}")
+    if shortage:
+        note(f"{shortage}; trials wait for the cluster to grow")
+
+
+def find_shortage(resources: ResourcesConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """What a trial wants that the nodes, by the resources of each, lack; a worker has to fit on one of them."""
+    place = "the one node has" if len(nodes) == 1 else f"the {len(nodes)} nodes together have"
+    for name, each in worker_resources(resources).items():
+        amounts = [node.get(name, 0.0) for node in nodes]
+        wanted, total, most = each * resources.workers, sum(amounts), max(amounts)
+        if wanted > total:
+            return f"a trial wants {wanted:g} {name}, and {place} {total:g}"
+        if each > most:
+            return f"a worker wants {each:g} {name}, and the largest of {len(nodes)} nodes has {most:g}"
+    return None
 
 
 def count_slots(resources: ResourcesConfig) -> int:
@@ -40,7 +56,7 @@ def count_slots(resources: ResourcesConfig) -> int:
 
 def whole_machine(resources: ResourcesConfig) -> ResourcesConfig:
     """The same workers with all CPUs of the machine shared out among them; as given on a cluster of several."""
-    if _count_nodes() > 1:
+    if len(_list_nodes()) > 1:
         return resources
     cpus = ray.cluster_resources()["CPU"] / resources.workers
     return resources.model_copy(update={"cpus": cpus})
@@ -58,6 +74,6 @@ def measure_capacity(resources: ResourcesConfig) -> Capacity:
     return Capacity(f"{kind}s", total, resources.workers * worker_resources(resources)[kind])
 
 
-def _count_nodes() -> int:
+def _list_nodes() -> list[dict[str, Any]]:
     """Nodes that are there; Ray lists those that have gone too."""
-    return sum(node["Alive"] for node in ray.nodes())
+    return [node for node in ray.nodes() if node["Alive"]]

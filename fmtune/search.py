@@ -28,7 +28,7 @@ from fmtune.run import RunFolder
 from fmtune.session import interruptible, quiet, ray_session
 from fmtune.space import Space
 from fmtune.storage import Storage, check_storage
-from fmtune.study import check_study
+from fmtune.study import STUDY_ERRORS, check_study
 from fmtune.summary import conclude
 from fmtune.timing import Timing, is_finished, read_clock, write_clock
 from fmtune.trackers import connect_trackers, track
@@ -79,7 +79,7 @@ def search(
     Raises:
         InputError: the space, the data, the storage or the run folder is not as it must be, and nothing has been
             started; or the test split can't be read at the end, and all else is written.
-        RunFailed: no trial got as far as a result.
+        RunFailed: no trial got as far as a result; or the disk is full, or the study's database gone.
         Interrupted: Ctrl-C.
     """
     resolved = resolve_search(space, data, overrides, Path(runs), test)
@@ -187,7 +187,7 @@ def run_space(
             with ray_session(space.resources, address, view.note):
                 # Nodes that come and go need a folder that they share with those that are there.
                 can_grow = address is not None and space.storage is not None
-                check_room(space.resources, has_shared_storage=space.storage is not None, can_grow=can_grow)
+                check_room(space.resources, space.storage is not None, can_grow, view.note)
                 # What is refused before this leaves no folder behind, and a folder that is there as it was.
                 stack.enter_context(folder.held())
                 RunFolder.create(path, space.to_yaml(), data.fingerprint)
@@ -218,8 +218,15 @@ def run_space(
             finished = space
             return RunResult(folder, summary)
     except KeyboardInterrupt:
-        done = f"{path} keeps what is done" if path.exists() else "nothing was begun"
-        raise Interrupted(f"interrupted; {done}") from None
+        raise Interrupted(f"interrupted; {_describe_kept(path)}") from None
+    except (OSError, *STUDY_ERRORS) as error:
+        advice = f"{_describe_kept(path)}; mend the cause, and go on with --resume"
+        raise RunFailed(first_line(error), advice) from error
+
+
+def _describe_kept(path: Path) -> str:
+    """What is left of a run that breaks off."""
+    return f"{path} keeps what is done" if path.exists() else "nothing was begun"
 
 
 def _finish(context: RunContext, summary: dict[str, Any], finished: Space | None) -> None:
@@ -253,20 +260,31 @@ def _check_storage(storage: str, path: Path) -> None:
     A new run must not take the checkpoints of another for its own.
     """
     check_storage(storage)
-    if not path.exists() and not Storage(storage).below(path.name).is_empty():
+    if not _has_begun(path) and not Storage(storage).below(path.name).is_empty():
         raise InputError(f"storage: {storage}: holds a run {path.name} already; choose another --name")
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether a folder has a file that was written to its end: a run that is cut off before leaves none."""
+    return any(found.is_file() and found.suffix != ".part" for found in path.rglob("*"))
 
 
 def _check_folder(path: Path, space: Space, resume: bool) -> None:
     """Refuse a folder that another run has taken, and going on with a run that asks for something else."""
-    if not path.exists():
+    if not _has_begun(path):
         return
+    if not RunFolder(path).space.exists():
+        raise RunFolderError(f"{path}: holds something other than a run; choose another --name")
     if not resume:
         raise RunFolderError(f"{path}: the run folder exists; go on with --resume, or choose another --name")
     earlier = Space.load(RunFolder.open(path).space)
     for name, key in _KEPT_KEYS.items():
         if (kept := getattr(earlier.search, name)) != getattr(space.search, name):
             raise RunFolderError(f"{path}: --resume with another search.{key}; its space.yaml has {_in_words(kept)}")
+    samplers = earlier.search.sampler, space.search.sampler
+    if "grid" in samplers and samplers[0] != samplers[1]:
+        # Points of a grid go by the number of the trial, and some have had others.
+        raise RunFolderError(f"{path}: --resume with another search.sampler, to or from a grid; it had {samplers[0]}")
     for part, name in _KEPT_PARTS.items():
         if getattr(earlier, part) != getattr(space, part):
             raise RunFolderError(

@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fmtune.ranges import Range, Suggests
 from fmtune.recipes import RECIPES
 from fmtune.spacefile import Document, SpaceReader, leaves
 
+_DEFAULTS = flatten(TrialConfig())
 _SAMPLES = 64
 """Random samples of a space that are looked at before a search may start."""
 
@@ -117,7 +119,8 @@ class Space:
             seed: of the draws.
         """
         if self.search.sampler == "grid":
-            points = self.grid()
+            # Trials that were interrupted before they began have used up their numbers.
+            points = list(islice(self.grid(), 2 * self.search.trials))
         else:
             draws = _LatinHypercube(startup, seed)
             drawn = [self.suggest(draws) for _ in range(startup if self.ranges else 0)]
@@ -126,16 +129,20 @@ class Space:
         # Trial 0 is the baseline and draws nothing.
         return dict(enumerate(points, start=1))
 
-    def grid(self) -> list[dict[str, Scalar]]:
-        """All that `suggest` can draw from a space without continuous ranges, by dotted key."""
-        points: list[dict[str, Scalar]] = [{}]
+    def grid(self) -> Iterator[dict[str, Scalar]]:
+        """All that `suggest` can draw from a space without continuous ranges, by dotted key; there may be millions."""
+        points: Iterator[dict[str, Scalar]] = iter([{}])
         for key, searched in self.ranges.items():
-            points = [
-                {**point, **drawn}
-                for point in points
-                for drawn in ([{key: value} for value in searched.grid] if self._is_active(searched, point) else [{}])
-            ]
+            points = self._with_each(points, key, searched)
         return points
+
+    def _with_each(self, points: Iterator[dict[str, Scalar]], key: str, searched: Range) -> Iterator[dict[str, Scalar]]:
+        """Each point with each value of one more range, where that applies to it."""
+        for point in points:
+            if self._is_active(searched, point):
+                yield from ({**point, key: value} for value in searched.grid)
+            else:
+                yield point
 
     @property
     def time_limit(self) -> float | None:
@@ -153,7 +160,9 @@ class Space:
     @property
     def trials(self) -> int:
         """Trials to start at most: as many as asked for, and with a grid no more than its points and the baseline."""
-        return min(self.search.trials, 1 + len(self.grid())) if self.search.sampler == "grid" else self.search.trials
+        if self.search.sampler != "grid":
+            return self.search.trials
+        return min(self.search.trials, 1 + sum(1 for _ in islice(self.grid(), self.search.trials)))
 
     def trial_config(self, drawn: Mapping[str, Scalar]) -> TrialConfig:
         """The configuration that drawn values make; ranges that were not drawn take `TrialConfig`'s defaults."""
@@ -179,7 +188,7 @@ class Space:
         return stream.getvalue()
 
     def _is_active(self, searched: Range, drawn: Mapping[str, Scalar]) -> bool:
-        values = {**flatten(TrialConfig()), **self.fixed, **drawn}
+        values = {**_DEFAULTS, **self.fixed, **drawn}
         return all(values[key] in allowed for key, allowed in searched.when.items())
 
     def samples(self) -> Iterator[TrialConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs
 
-from fmtune.checkpoint import load_metrics
+from fmtune.checkpoint import CHECKPOINT_FILES, load_metrics
 from fmtune.errors import InputError, first_line
 from fmtune.files import is_url
 from fmtune.training import EpochMetrics
@@ -65,18 +66,30 @@ class Storage:
                 found.setdefault(info.base_name.partition("-")[0], []).append(info.path)
         return found
 
-    def find_checkpoint(self, folders: Sequence[str]) -> tuple[str, EpochMetrics] | None:
-        """The newest whole checkpoint in a trial's folders, and its epoch's metrics."""
+    def find_checkpoint(self, folders: Sequence[str], last: int | None = None) -> tuple[str, EpochMetrics] | None:
+        """The newest whole checkpoint in a trial's folders, of no epoch after `last`, and its epoch's metrics."""
         found: list[fs.FileInfo] = []
         for folder in folders:
             below = fs.FileSelector(folder, allow_not_found=True, recursive=True)
             found += [info for info in self._system.get_file_info(below) if _is_of_checkpoint(info.path)]
-        for info in sorted(found, key=lambda info: info.mtime_ns, reverse=True):
-            place = self.place_of(str(PurePosixPath(info.path).parent))
-            with fetch(place) as copy:
-                if (metrics := load_metrics(copy)) is not None:
-                    return place, metrics
+        # A store's times are whole seconds, in which there may be several; Tune numbers checkpoints in their order.
+        for info in sorted(found, key=lambda info: (info.mtime_ns, info.path), reverse=True):
+            folder = str(PurePosixPath(info.path).parent)
+            metrics = self._read_metrics(folder)
+            if metrics is not None and (last is None or metrics.epoch <= last):
+                return self.place_of(folder), metrics
         return None
+
+    def _read_metrics(self, checkpoint: str) -> EpochMetrics | None:
+        """The metrics of a checkpoint by its path, None of one that is not whole."""
+        if isinstance(self._system, fs.LocalFileSystem):
+            return load_metrics(Path(checkpoint))
+        # An object in a store is whole or absent, so that the weights, which may take long, need not be fetched.
+        there = {info.base_name for info in self._system.get_file_info(fs.FileSelector(checkpoint))}
+        if not there.issuperset(CHECKPOINT_FILES):
+            return None
+        with self._system.open_input_file(f"{checkpoint}/metrics.json") as file:
+            return EpochMetrics(**json.loads(file.read()))
 
     def keep(self, folder: Path) -> None:
         """Copy a folder's files into this one."""

@@ -122,6 +122,10 @@ def open_database(url: str, *, is_read_only: bool = False) -> optuna.storages.RD
     return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": options})
 
 
+STUDY_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+"""What becomes of a study whose database has gone, or whose file can't be written."""
+
+
 @contextmanager
 def reaching(url: str) -> Iterator[None]:
     """What goes wrong with a database within, as an error of the user's.
@@ -187,6 +191,11 @@ def id_of(study: optuna.Study, number: int) -> int:
 def keep_attribute(study: optuna.Study, number: int, name: str, value: Any) -> None:
     """Keep something with a trial of the study, as JSON."""
     study._storage.set_trial_user_attr(id_of(study, number), name, value)
+
+
+def keep_value(study: optuna.Study, number: int, epoch: int, value: float) -> None:
+    """Keep what a trial of the study has come to after an epoch, in place of what it had come to there before."""
+    study._storage.set_trial_intermediate_value(id_of(study, number), epoch, value)
 
 
 def fail(study: optuna.Study, number: int, cause: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 from fmtune.board import Board
@@ -68,19 +69,48 @@ class Timing:
         """
         if self._limit is None:
             return True
-        records = list(self._board.records.values())
-        # What the baseline takes tells nothing of the others: it may be a fraction of their epochs.
-        drawn = [record for record in records if record.history and record is not self._board.baseline]
         is_enough = full_seconds if self._has_whole() else (lambda record: record.history[0].seconds)
-        return self._search_seconds() > min(map(is_enough, drawn), default=0.0)
+        return self._search_seconds() > min(map(is_enough, self._drawn()), default=0.0)
+
+    def can_carry(self, unfinished: Sequence[TrialRecord], more: int = 0) -> bool:
+        """Whether the time left carries these trials, and so many fresh ones, side by side to their ends.
+
+        One without an epoch yet is reckoned as the others of the space are on average; before any has one there is
+        nothing to reckon with, and time for all.
+        """
+        if self._limit is None:
+            return True
+        drawn = [full_seconds(record) for record in self._drawn()]
+        if not drawn:
+            return True
+        fresh = more + sum(not record.history for record in unfinished)
+        further = sum(full_seconds(record) - record.seconds for record in unfinished if record.history)
+        return further + fresh * fmean(drawn) <= self._slots() * self._search_seconds()
+
+    def those_that_can_end(self, unfinished: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """The trials that may go on by `can_go_on`, and those without an epoch yet."""
+        if self._limit is None:
+            return list(unfinished)
+        has_whole, left = self._has_whole(), self._search_seconds()
+        return [
+            record
+            for record in unfinished
+            if not record.history
+            or _seconds_needed(record.config.epochs, len(record.history), record.seconds, has_whole) <= left
+        ]
 
     def can_go_on(self, epochs: int, epoch: int, seconds: float) -> bool:
         """Whether the time left carries a trial of so many epochs, `seconds` long up to `epoch`, to its end.
 
         What is cut short can't be chosen where others have come to their end. Before one has, the next epoch is enough.
         """
-        further = epochs - epoch if self._has_whole() else min(1, epochs - epoch)
-        return further * seconds / epoch <= self._search_seconds()
+        return _seconds_needed(epochs, epoch, seconds, self._has_whole()) <= self._search_seconds()
+
+    def _drawn(self) -> list[TrialRecord]:
+        """Trials of the space that have an epoch."""
+        records = list(self._board.records.values())
+        # The baseline has epochs of its own, so that what it takes tells nothing of the others.
+        return [record for record in records if record.history and record is not self._board.baseline]
 
     def _has_whole(self) -> bool:
         """Whether a trial has come to its end."""
@@ -155,6 +185,13 @@ class Timing:
     def _round_seconds(self, leaders: Sequence[TrialRecord]) -> float:
         """Seconds that one more training of each takes, side by side."""
         return math.ceil(len(leaders) / self._slots()) * max(map(full_seconds, leaders))
+
+
+def _seconds_needed(epochs: int, epoch: int, seconds: float, has_whole: bool) -> float:
+    """Seconds that a trial, `seconds` long up to `epoch`, still takes to come to something: where others have come to
+    their ends its own, else an epoch more."""
+    further = epochs - epoch if has_whole else min(1, epochs - epoch)
+    return further * seconds / epoch
 
 
 def full_seconds(record: TrialRecord) -> float:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import optuna
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from ray.tune.logger import JsonLoggerCallback
@@ -27,9 +28,10 @@ from fmtune.run import TrialRecord
 from fmtune.samplers import STARTUP_TRIALS, create_sampler
 from fmtune.seeds import derive_seed
 from fmtune.space import Space
-from fmtune.study import STUDY, RunTrials, id_of, tell
+from fmtune.study import STUDY, RunTrials, id_of, keep_value, tell
 from fmtune.studyfile import StudyFile
 from fmtune.tensorboard import EventFiles
+from fmtune.timing import Timing
 from fmtune.training import EpochMetrics
 from fmtune.trial import SharedData, Task, create_task, run_trial, trial_resources, worker_resources
 
@@ -153,7 +155,8 @@ class StudySearch(NotStored, OptunaSearch):
     def _report(self, trial_id: str, result: dict[str, Any]) -> None:
         # Optuna has no place for the values in between of several objectives.
         if self._objectives is None and self._reported.get(trial_id) != result["epoch"]:
-            self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
+            # Not by Optuna's `report`, which leaves a step as it is that was trained before, and is again after a kill.
+            keep_value(self.study, self._ot_trials[trial_id].number, result["epoch"], result[self.metric])
             self._reported[trial_id] = result["epoch"]
 
     def save(self, checkpoint_path: str) -> None:
@@ -164,10 +167,11 @@ class StudySearch(NotStored, OptunaSearch):
 
 
 class PopulationSearch(StudySearch):
-    """Proposes the trainings of a population part by part: new members first, then whoever has trained least.
+    """Proposes the trainings of a population part by part: new members first, as many as the time carries.
 
     Args:
-        population: says how far a part goes, and what a member takes over before it.
+        population: says who trains next and how far, and what a member takes over before it.
+        timing: tells what there is time for.
         records: the trials by number.
         task_of: makes the task of a trial, from its last checkpoint on.
         on_adoption: enters into a trial's record what it takes over.
@@ -177,26 +181,30 @@ class PopulationSearch(StudySearch):
     def __init__(
         self,
         population: Population,
+        timing: Timing,
         records: Mapping[int, TrialRecord],
         task_of: Callable[[TrialRecord], Task],
         on_adoption: Callable[[TrialRecord, Adoption], None],
         **options: Any,
     ) -> None:
         super().__init__(interrupted=[], **options)
-        self._population, self._records = population, records
+        self._population, self._timing, self._records = population, timing, records
         self._task_of, self._on_adoption = task_of, on_adoption
 
     def _next_task(self) -> Task | None:
         busy = {task.trial_number for task in self._running.values()}
-        waiting = [r for r in self._records.values() if r.state == "running" and r.number not in busy]
+        running = [record for record in self._records.values() if record.state == "running"]
+        unfinished = self._timing.those_that_can_end(running)
+        waiting = [record for record in unfinished if record.number not in busy]
         if any(record.number == 0 for record in waiting):
             return self._task_of(self._records[0])
-        if len(self._own) < self._searched.trials and self._has_time():
+        is_full = len(self._own) >= self._searched.trials
+        if not is_full and self._has_time() and self._timing.can_carry(unfinished, more=1):
             task = self._create_task()
             return task if task.number == 0 else self._cut(task, TrialRecord(task.trial_number, task.config, {}))
         if not waiting:
             return None
-        record = min(waiting, key=lambda record: (len(record.history), record.number))
+        record = self._population.pick(waiting, self._timing.can_carry(unfinished))
         members = [other for other in self._records.values() if other.number != 0]
         if (adoption := self._population.judge(record, members, busy)) is not None:
             self._on_adoption(record, adoption)
@@ -375,7 +383,11 @@ def run_trials(
             verbose=0,
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    except TuneError as error:
+        # What a callback of Tune's raises is the context of this one, which has its traceback as text.
+        raise error.__context__ or error from None
     watcher.on_tick()
 
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fmtune.board import Board
-from fmtune.choice import _Rounds, stands_out
-from fmtune.config import TrialConfig
+from fmtune.choice import Chooser, _Rounds, stands_out
+from fmtune.config import ResourcesConfig, TrialConfig
 from fmtune.run import RunFolder, TrialRecord
 from fmtune.space import Space
 from fmtune.timing import Timing
@@ -36,6 +38,20 @@ def test_a_candidate_stands_out_by_the_standard_error_of_the_difference(
     values: list[list[float]], expected: bool
 ) -> None:
     assert stands_out(values) == expected
+
+
+@pytest.mark.parametrize(("out", "winner"), [(set(), 1), ({1}, 2), ({1, 2}, 3), ({1, 2, 3}, 1)])
+def test_a_finalist_that_failed_is_not_taken(monkeypatch: pytest.MonkeyPatch, out: set[int], winner: int) -> None:
+    """Where time cut the round short too, so that there are no means to go by."""
+    board = Board("", 9, "val_accuracy", True, started=0.0, deadline=None)
+    for number in (1, 2, 3):
+        history = [EpochMetrics(1, 0.5, 0.5, 1 - number / 10, 0.01, 1000.0, 1.0)]
+        board.records[number] = TrialRecord(number, TrialConfig(epochs=1), {}, "complete", history, "somewhere")
+    context: Any = SimpleNamespace(board=board, objectives=None)
+    timing: Any = None
+    monkeypatch.setattr(Chooser, "_retrain_finalists", lambda self, ranked: ({}, out))
+    monkeypatch.setattr(Chooser, "_refit", lambda self, winner: None)
+    assert Chooser(context, timing, ResourcesConfig())._choose_anew().winner == winner
 
 
 def test_finalists_that_all_fail_end_the_rounds(tmp_path: Path) -> None:

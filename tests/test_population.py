@@ -157,6 +157,12 @@ def test_nobody_takes_over_from_a_training_that_is_under_way() -> None:
     assert _population().judge(members[0], members, busy={4}) is not None
 
 
+def test_some_members_come_to_their_ends_where_the_time_does_not_carry_all() -> None:
+    waiting = [_record(number, [0.1] * epochs) for number, epochs in [(1, 4), (2, 2), (3, 2), (4, 4)]]
+    assert _population().pick(waiting, is_time_for_all=True).number == 2
+    assert _population().pick(waiting, is_time_for_all=False).number == 1
+
+
 def test_parts_of_a_training_add_up() -> None:
     """Hand-worked: ten epochs in five parts of two; eleven trials, the baseline in one."""
     population, stops, record = _population(), [], _record(1, [])

@@ -148,6 +148,19 @@ def test_a_mistake_is_told_with_its_remedy(text: str, problem: str, tmp_path: Pa
     assert problems[0].startswith(problem)
 
 
+def test_anchors_and_merge_keys_are_taken(tmp_path: Path) -> None:
+    """What a merge brings in is told at the line of the mapping that it is merged into."""
+    shared = "trial: &shared {epochs: 2, augment: {flip: &flip false}}\n"
+    (tmp_path / "s.yaml").write_text(shared + "baseline: {<<: *shared, batch_size: 64, normalize: *flip}\n")
+    space = Space.load(tmp_path / "s.yaml")
+    assert (space.baseline.epochs, space.baseline.batch_size) == (2, 64)
+    assert not space.baseline.augment.flip and not space.baseline.normalize
+    assert _problems("trial: &shared {epochs: 0}\nbaseline: {<<: *shared}\n", tmp_path) == [
+        "s.yaml:2: baseline.epochs: 0; expected greater than 0",
+        "s.yaml:1: trial.epochs: 0; expected greater than 0",
+    ]
+
+
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match=r"no\.yaml: no such file"):
         Space.load(tmp_path / "no.yaml")
@@ -225,6 +238,22 @@ def test_the_grid_is_every_combination_that_conditions_allow() -> None:
     sgd = [(epochs, "sgd", momentum) for epochs in (1, 2) for momentum in (0.8, 0.9)]
     assert sorted(points, key=str) == sorted([*sgd, (1, "adamw"), (2, "adamw")], key=str)
     assert space.trials == 7
+
+
+def test_of_a_grid_of_billions_only_what_is_asked_for_is_made() -> None:
+    wide = {"int": [1, 1000]}
+    trial = {"epochs": wide, "batch_size": wide, "model": {"width": wide}}
+    space = Space.load({"search": {"sampler": "grid", "trials": 5}, "trial": trial})
+    assert space.trials == 5
+    planned = space.planned(0, lambda config: 0.0, seed=0)
+    assert [planned[number]["model.width"] for number in range(1, 6)] == [1, 2, 3, 4, 5]
+
+
+def test_a_relative_storage_is_of_the_working_folder_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on from elsewhere finds its trials."""
+    monkeypatch.chdir(tmp_path)
+    assert Space.load({"storage": "kept"}).storage == str(tmp_path / "kept")
+    assert Space.load({"storage": "s3://bucket/kept"}).storage == "s3://bucket/kept"
 
 
 @pytest.mark.parametrize(

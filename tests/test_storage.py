@@ -171,6 +171,29 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
     assert storage.count("search") == 2
 
 
+def test_of_a_checkpoint_in_a_bucket_the_metrics_alone_are_read(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is whole its objects tell; of a trial that has ended none after its last epoch counts."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.secret)
+    monkeypatch.setattr("fmtune.storage.fetch", None)
+    for epoch in (1, 2):
+        save_training(tmp_path, {"network": {}}, EpochMetrics(epoch, 1.0, 1.0, 0.5, 0.1, 1.0, float(epoch)))
+        for path in tmp_path.iterdir():
+            bucket.client.upload_file(str(path), "results", f"runs/two/search/00001/checkpoint_{epoch:06d}/{path.name}")
+    storage = Storage(bucket.url).below("two")
+    folders = storage.list_trials("search")["00001"]
+
+    def find(last: int | None = None) -> int | None:
+        found = storage.find_checkpoint(folders, last)
+        return None if found is None else found[1].epoch
+
+    assert (find(), find(last=1), find(last=0)) == (2, 1, None)
+    bucket.client.delete_object(Bucket="results", Key="runs/two/search/00001/checkpoint_000002/state.json")
+    assert find() == 1
+
+
 def test_places_in_a_bucket_keep_the_query_of_its_url() -> None:
     storage = Storage("s3://results/runs?region=us-east-1&scheme=http")
     below = storage.below("one")

@@ -40,6 +40,7 @@ def create_record(number: int, epochs: int, state: State, accuracy: float = 0.9)
 
 WHOLE, PART = create_record(1, EPOCHS, "complete"), create_record(2, 2, "running", accuracy=0.8)
 SHORT_BASELINE = TrialRecord(0, TrialConfig(epochs=2), {}, "complete", create_record(0, 2, "complete").history)
+FRESH = create_record(3, 0, "running")
 ALONE = {"refit": False, "finalists": 0}
 
 
@@ -70,6 +71,27 @@ def test_a_trial_goes_on_only_while_it_can_come_to_something(
 ) -> None:
     timing = create_timing(tmp_path, left, ALONE, *records)
     assert timing.can_go_on(EPOCHS, epoch=2, seconds=120.0) == can
+
+
+@pytest.mark.parametrize(
+    ("records", "more", "can"),
+    [
+        ([], 9, True),  # nothing to reckon with
+        ([PART], 1, True),  # three minutes and five, of 776 s in both slots together
+        ([PART, PART, PART], 0, True),
+        ([PART, PART, PART], 1, False),
+        ([PART, FRESH, FRESH], 0, False),  # what has no epoch yet takes as long as the others
+        ([PART, SHORT_BASELINE], 1, True),
+        ([PART, SHORT_BASELINE], 2, False),  # the baseline's short epochs tell nothing of the others
+    ],
+)
+def test_a_population_is_as_large_as_the_time_carries(
+    tmp_path: Path, records: list[TrialRecord], more: int, can: bool
+) -> None:
+    timing = create_timing(tmp_path, 400, ALONE, *records)
+    assert timing.can_carry(records, more) == can
+    slow = create_record(9, 1, "running")
+    assert timing.those_that_can_end([FRESH, slow]) == ([FRESH] if WHOLE in records else [FRESH, slow])
 
 
 @pytest.mark.parametrize(("left", "can"), [(1100, True), (800, False)])

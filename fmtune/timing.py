@@ -21,8 +21,8 @@ _ROUND_SHARE = 0.1
 _PHASE_SECONDS = 8.0
 """Seconds that a phase takes beside training: processes start and import torch."""
 _SERIAL_SHARE = 0.5
-"""Part of a step that more threads don't make faster. Refits on two have taken 0.63 to 0.67 of a trial's time on one,
-which is a part of a third at most; small networks gain less, and a refit that does not end in time is lost."""
+"""Part of a step that more threads don't make faster. Refits on two have taken 0.63 to 0.71 of a trial's time on one,
+which is a part of 0.42 at most; smaller networks gain less, and a refit that does not end in time is lost."""
 _CLOSING_SECONDS = 12.0
 """Seconds set aside for the test split, the report and the end of Ray."""
 _CLOCK_SECONDS = 1.0

@@ -31,12 +31,12 @@ def check_room(
     if shortage and not can_grow:
         raise InputError(f"resources: {shortage}")
     if shortage:
-        note(f"{shortage}; trials wait for the cluster to grow")
+        note("no node there has room for a trial yet; trials wait for the cluster to grow")
 
 
 def find_shortage(resources: ResourcesConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
     """What a trial wants that the nodes, by the resources of each, lack; a worker has to fit on one of them."""
-    place = "the one node has" if len(nodes) == 1 else f"the {len(nodes)} nodes together have"
+    place = "this machine has" if len(nodes) == 1 else f"the {len(nodes)} nodes together have"
     for name, each in worker_resources(resources).items():
         amounts = [node.get(name, 0.0) for node in nodes]
         wanted, total, most = each * resources.workers, sum(amounts), max(amounts)

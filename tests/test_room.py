@@ -18,9 +18,9 @@ SMALL, LARGE = {"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}
     [
         ({}, [SMALL], None),
         ({"cpus": 4}, [SMALL], None),
-        ({"cpus": 5}, [SMALL], "a trial wants 5 CPU, and the one node has 4"),
-        ({"workers": 2, "cpus": 3}, [SMALL], "a trial wants 6 CPU, and the one node has 4"),
-        ({"gpus": 1}, [SMALL], "a trial wants 1 GPU, and the one node has 0"),
+        ({"cpus": 5}, [SMALL], "a trial wants 5 CPU, and this machine has 4"),
+        ({"workers": 2, "cpus": 3}, [SMALL], "a trial wants 6 CPU, and this machine has 4"),
+        ({"gpus": 1}, [SMALL], "a trial wants 1 GPU, and this machine has 0"),
         ({"cpus": 8}, [SMALL, LARGE], None),
         ({"cpus": 9}, [SMALL, LARGE], "a worker wants 9 CPU, and the largest of 2 nodes has 8"),
         ({"workers": 3, "cpus": 4}, [SMALL, LARGE], None),

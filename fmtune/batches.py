@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from fmtune.stored import Images, StoredImages
@@ -19,6 +21,11 @@ def place_images(images: Images, device: torch.device) -> Tensor | ImageStream:
         return ImageStream(images)
     # A copy: what Arrow and NumPy hold may be read-only, which torch's tensors can't express.
     return torch.tensor(images, device=device)
+
+
+def place_rows(rows: NDArray[np.int64], images: Tensor | ImageStream) -> Tensor:
+    """Rows int64 (M,) where placed images are looked up by them: beside them, or for a stream on the CPU."""
+    return torch.tensor(rows, device=images.device if isinstance(images, Tensor) else None)
 
 
 @dataclass(frozen=True)

@@ -218,9 +218,11 @@ class Chooser:
         ranked = rank(list(board.records.values()), board.metric, board.larger)
         finalists: Mapping[int, Sequence[EpochMetrics]] = {}
         if self._context.objectives is None:
-            finalists, out = self._retrain_finalists(ranked)
-            # Where all are out, what they came to at first is the best that there is.
-            winner = self._pick([record for record in ranked if record.number not in out] or ranked, finalists)
+            if (rounds := self._retrain_finalists(ranked)) is not None:
+                finalists = rounds.results()
+                # Where all are out, what they came to at first is the best that there is.
+                ranked = [record for record in ranked if not rounds.failures(record)] or ranked
+            winner = self._pick(ranked, finalists)
         else:
             winner = self._pick_of_front(self._context.objectives, ranked)
         refit = self._refit(winner)
@@ -253,35 +255,30 @@ class Chooser:
             "seconds": space.time_limit,
         }
 
-    def _retrain_finalists(self, ranked: Sequence[TrialRecord]) -> tuple[dict[int, list[EpochMetrics]], set[int]]:
-        """What the leaders reach from fresh seeds, and the numbers of those that failed.
-
-        The former by trial number, empty where this is skipped or not finished.
-        """
+    def _retrain_finalists(self, ranked: Sequence[TrialRecord]) -> _Rounds | None:
+        """The leaders trained from fresh seeds; None where this is skipped."""
         context, search = self._context, self._context.space.search
         leaders = [record for record in ranked if record.state == "complete"][: search.retrained]
         if len(leaders) < 2:
-            return {}, set()
+            return None
         if lead := self._clear_lead(leaders):
             context.view.note(f"trial {leaders[0].number} leads by {lead}; it is taken without retraining finalists")
-            return {}, set()
+            return None
         if not self._timing.rounds_are_worth_it(leaders):
             context.view.note(
                 "retraining the finalists would take more than it is worth in so short a time; it is skipped"
             )
-            return {}, set()
+            return None
         if not self._timing.has_round(leaders, is_first=True):
             context.view.note("no time is left to retrain the finalists; the leader is taken as it is")
-            return {}, set()
+            return None
         context.board.phase = f"retraining {len(leaders)} finalists"
         rounds = _Rounds(leaders, self._fresh_task, self._timing, context.board)
         self._run(rounds, context.shared, context.space.resources, "finalists", FINALIST_ROUNDS * len(leaders), leaders)
-        out = set()
         for record in leaders:
             for cause in rounds.failures(record):
                 context.view.note(f"trial {record.number} failed from a fresh seed, and is out: {cause}")
-                out.add(record.number)
-        return rounds.results(), out
+        return rounds
 
     def _clear_lead(self, leaders: Sequence[TrialRecord]) -> str | None:
         """The leader's lead in words where chance in the validation rows does not explain it, else None."""

@@ -267,8 +267,10 @@ def _check_name(name: str) -> None:
     Raises:
         DataError: it is one.
     """
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise DataError(f"{name!a}: a name that is no UTF-8; rename the file")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name!a}: a name that is no UTF-8; rename the file") from None
 
 
 def _split_pictures(files: Sequence[File], folder: str, shape: tuple[int, int, int]) -> list[Piece[pa.Table]]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fmtune.batches import Batches, place_images
+from fmtune.batches import Batches, place_images, place_rows
 from fmtune.checkpoint import load_model
 from fmtune.classifier import TrainedModel
 from fmtune.config import DataConfig
@@ -168,11 +168,10 @@ def evaluate_model(
     device = next(model.network.parameters()).device
     if rows is not None and not isinstance(images, StoredImages):
         images, labels, rows = images[rows], labels[rows], None
-    # The rows of a stream are looked up on the CPU.
-    place = torch.device("cpu") if isinstance(images, StoredImages) else device
-    chosen = torch.arange(len(images), device=place) if rows is None else torch.tensor(rows, device=place)
+    placed = place_images(images, device)
+    chosen = place_rows(np.arange(len(images)) if rows is None else rows, placed)
     network = MirrorMean(model.network) if tta else model.network
-    batches = Batches(place_images(images, device), torch.tensor(labels, device=device), chosen)
+    batches = Batches(placed, torch.tensor(labels, device=device), chosen)
     return evaluate_batches(network, model.preprocess, batches)
 
 

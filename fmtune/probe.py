@@ -78,7 +78,8 @@ def read_all_weights(space: Space, data: TrainingData) -> tuple[dict[str, Weight
         InputError: weights can't be had, or don't fit a network.
     """
     unfrozen = {"freeze": 0, "unfreeze_epoch": None}
-    wanted = {config.model.model_copy(update=unfrozen) for config in space.samples() if config.model.pretrained}
+    configs = [config for config in space.samples() if config.model.pretrained]
+    wanted = {config.model.model_copy(update=unfrozen) for config in configs}
     weights: dict[str, Weights] = {}
     lines = []
     for model in sorted(wanted, key=repr):
@@ -87,9 +88,9 @@ def read_all_weights(space: Space, data: TrainingData) -> tuple[dict[str, Weight
             weights[key] = read_weights(model, weights_folder())
         network = create_model(model, data.image_shape[0], len(data.classes))
         lines.append(load_pretrained(network, model, weights[key], data.classes).describe())
-    for config in space.samples():
-        found = weights.get(weights_key(config.model))
-        if found is not None and found.normalize not in (None, config.normalize):
+    for config in configs:
+        found = weights[weights_key(config.model)]
+        if found.normalize not in (None, config.normalize):
             key = "baseline" if config is space.baseline else "trial"
             lines.append(
                 f"{found.source}: its images were {'' if found.normalize else 'not '}normalised; "

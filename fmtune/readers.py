@@ -257,14 +257,14 @@ def _cast_pixels(table: pa.Table, label: int | None, place: str) -> pa.Table:
 def _table_of_image_column(table: pa.Table, label: int | None, shape: Shape | None, place: str) -> Table:
     """A table with one column of whole images: tensors, lists or bytes of pixels."""
     position = 1 - label if label is not None else 0
+    kind = table.schema.field(position).type
     images = _widen(table.column(position)).combine_chunks()
     is_planar = False
     if isinstance(images.type, pa.FixedShapeTensorType):
         shape, is_planar = _fit_tensor(tuple(images.type.shape), shape, place)
         images = images.storage
-    kind = images.type
-    if pa.types.is_fixed_size_binary(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        images = images.cast(pa.large_binary())
+        kind = images.type
+    if pa.types.is_large_binary(images.type):
         sizes = pc.binary_length(images)
         _, offsets, content = images.buffers()
         ends = np.frombuffer(offsets, np.int64)[images.offset : images.offset + len(images) + 1]
@@ -290,7 +290,7 @@ def _table_of_image_column(table: pa.Table, label: int | None, shape: Shape | No
 def _widen(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column of bytes or lists with offsets of 64 bits: with those of 32 a piece of it can't be longer than 2 GiB."""
     kind = column.type
-    if pa.types.is_binary(kind):
+    if pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind):
         return column.cast(pa.large_binary())
     return column.cast(pa.large_list(kind.value_type)) if pa.types.is_list(kind) else column
 

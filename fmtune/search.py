@@ -273,11 +273,12 @@ def _check_folder(path: Path, space: Space, resume: bool) -> None:
     """Refuse a folder that another run has taken, and going on with a run that asks for something else."""
     if not _has_begun(path):
         return
-    if not RunFolder(path).space.exists():
+    folder = RunFolder(path)
+    if not folder.space.exists():
         raise RunFolderError(f"{path}: holds something other than a run; choose another --name")
     if not resume:
         raise RunFolderError(f"{path}: the run folder exists; go on with --resume, or choose another --name")
-    earlier = Space.load(RunFolder.open(path).space)
+    earlier = Space.load(folder.space)
     for name, key in _KEPT_KEYS.items():
         if (kept := getattr(earlier.search, name)) != getattr(space.search, name):
             raise RunFolderError(f"{path}: --resume with another search.{key}; its space.yaml has {_in_words(kept)}")

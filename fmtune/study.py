@@ -193,9 +193,9 @@ def keep_attribute(study: optuna.Study, number: int, name: str, value: Any) -> N
     study._storage.set_trial_user_attr(id_of(study, number), name, value)
 
 
-def keep_value(study: optuna.Study, number: int, epoch: int, value: float) -> None:
-    """Keep what a trial of the study has come to after an epoch, in place of what it had come to there before."""
-    study._storage.set_trial_intermediate_value(id_of(study, number), epoch, value)
+def keep_value(trial: optuna.Trial, epoch: int, value: float) -> None:
+    """Keep what a trial of a study has come to after an epoch, in place of what it had come to there before."""
+    trial.study._storage.set_trial_intermediate_value(trial._trial_id, epoch, value)
 
 
 def fail(study: optuna.Study, number: int, cause: str) -> None:

@@ -24,7 +24,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fmtune.batches import Batches, place_images
+from fmtune.batches import Batches, place_images, place_rows
 from fmtune.checkpoint import create_preprocess, load_training, save_training
 from fmtune.collectives import trim_transfers
 from fmtune.config import ModelConfig, ResourcesConfig, TrialConfig
@@ -255,10 +255,8 @@ def create_training(
     config = task.config
     images, labels = tensors_on_device(shared, device)
     rows = np.union1d(shared.train_rows, shared.validation_rows) if task.rows == "all" else shared.train_rows
-    # The rows of a stream are looked up on the CPU.
-    place = device if isinstance(images, Tensor) else torch.device("cpu")
-    train = Batches(images, labels, torch.tensor(rows, device=place), rank, workers)
-    validation = replace(train, rows=torch.tensor(shared.validation_rows, device=place))
+    train = Batches(images, labels, place_rows(rows, images), rank, workers)
+    validation = replace(train, rows=place_rows(shared.validation_rows, images))
     torch.manual_seed(task.seed)
     network = create_model(config.model, shared.pixels.channels, len(shared.classes))
     if config.model.pretrained is not None and state is None:

@@ -156,7 +156,7 @@ class StudySearch(NotStored, OptunaSearch):
         # Optuna has no place for the values in between of several objectives.
         if self._objectives is None and self._reported.get(trial_id) != result["epoch"]:
             # Not by Optuna's `report`, which leaves a step as it is that was trained before, and is again after a kill.
-            keep_value(self.study, self._ot_trials[trial_id].number, result["epoch"], result[self.metric])
+            keep_value(self._ot_trials[trial_id], result["epoch"], result[self.metric])
             self._reported[trial_id] = result["epoch"]
 
     def save(self, checkpoint_path: str) -> None:

@@ -49,7 +49,8 @@ def test_a_finalist_that_failed_is_not_taken(monkeypatch: pytest.MonkeyPatch, ou
         board.records[number] = TrialRecord(number, TrialConfig(epochs=1), {}, "complete", history, "somewhere")
     context: Any = SimpleNamespace(board=board, objectives=None)
     timing: Any = None
-    monkeypatch.setattr(Chooser, "_retrain_finalists", lambda self, ranked: ({}, out))
+    rounds = SimpleNamespace(results=dict, failures=lambda record: ["it diverged"] if record.number in out else [])
+    monkeypatch.setattr(Chooser, "_retrain_finalists", lambda self, ranked: rounds)
     monkeypatch.setattr(Chooser, "_refit", lambda self, winner: None)
     assert Chooser(context, timing, ResourcesConfig())._choose_anew().winner == winner
 
